@@ -1,0 +1,104 @@
+"""Normalisation: of queries and keys, and of the layer's input with its residual."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from golden.arrays import as_float64
+from golden.config import QKNorm
+from golden.stages import Accumulation, Array, Observer, unobserved
+
+
+def normalise(
+    x: Array,
+    norm: QKNorm,
+    weight: Array | None,
+    bias: Array | None,
+    *,
+    observe: Observer = unobserved,
+    name: str = "q",
+) -> Array:
+    """Normalise along the last axis.
+
+    N1: `rms` returns `x / sqrt(mean(x**2) + eps)` (Zhang and Sennrich 2019, arXiv 1910.07467).
+    N2: `layer` subtracts the mean first (Ba et al. 2016, arXiv 1607.06450).
+    N3: the learned weight is `weight_offset + weight`; the bias follows it.
+
+    Args:
+        x: float64, normalised along the last axis.
+        norm: kind, eps and weight offset.
+        weight: `(x.shape[-1],)` or None for none.
+        bias: `(x.shape[-1],)` or None for none.
+        observe: sees `{name}_norm_scale`, `{name}_norm_unit` and `{name}_norm`.
+        name: `q` or `k`.
+
+    Returns:
+        Normalised, shaped like `x`.
+    """
+    if norm.kind == "layer":
+        x = x - x.mean(axis=-1, keepdims=True)
+    width = x.shape[-1]
+    power = np.square(x).mean(axis=-1, keepdims=True) + norm.eps
+
+    def squares() -> Array:  # the terms of the mean, carried through d(power ** -0.5) = 0.5 / power
+        fourth: Array = np.square(np.square(x) / width).sum(axis=-1, keepdims=True)
+        slope: Array = np.square(0.5 * power**-1.5)
+        return fourth * slope
+
+    scale = observe(f"{name}_norm_scale", power**-0.5, Accumulation(width, squares))
+    unit = observe(f"{name}_norm_unit", x * scale)
+    if weight is not None:
+        unit = unit * (norm.weight_offset + weight)
+    if bias is not None:
+        unit = unit + bias
+    return observe(f"{name}_norm", unit)
+
+
+class NormedInput(NamedTuple):
+    """Result of `add_and_normalise`.
+
+    Attributes:
+        hidden_states: `(batch, q_len, hidden_size)`, float64, what the projections read.
+        residual: like it; the sum before the norm, to which the attention's output is added.
+    """
+
+    hidden_states: Array
+    residual: Array
+
+
+def add_and_normalise(
+    hidden_states: Any,
+    *,
+    weight: Any,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    residual: Any = None,
+) -> NormedInput:
+    """Add the residual, then take the root mean square norm: what a fused projection does first.
+
+    N4: `s = hidden_states + residual`; the projections read `rms(s) * (weight_offset + weight)`.
+    N5: the residual that goes on is `s`. The public module's fused kernel hands back the hidden
+        states it was given instead, and its caller must know.
+
+    Args:
+        hidden_states: `(batch, q_len, hidden_size)`.
+        weight: `(hidden_size,)`.
+        eps: added to the mean square under the root.
+        weight_offset: added to the weight; Gemma stores `w - 1` and sets this to 1.
+        residual: like `hidden_states`; None for none.
+
+    Raises:
+        ShapeError: arrays do not fit each other.
+        ConfigError: `eps` is negative.
+
+    Source: Zhang and Sennrich (2019), arXiv 1910.07467; neuronx-distributed-inference's fused
+    RMSNorm and residual addition of the QKV kernel.
+    """
+    hidden = as_float64("hidden_states", hidden_states, (None, None, None), "(batch, q_len, width)")
+    weight = as_float64("weight", weight, (hidden.shape[2],), "(hidden_size,)")
+    if residual is not None:
+        hidden = hidden + as_float64("residual", residual, hidden.shape, "(batch, q_len, width)")
+    norm = QKNorm(eps=eps, weight_offset=weight_offset)
+    return NormedInput(normalise(hidden, norm, weight, None), hidden)
