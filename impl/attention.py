@@ -1,0 +1,428 @@
+"""The attention module: from hidden states to hidden states, on one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from impl import state_dict as checkpoints
+from impl.attention_core import AttentionCore
+from impl.attention_inputs import Norm, Rotary
+from impl.config import InferenceConfig
+from impl.errors import ShapeError, UnsupportedError, explain
+from impl.gqa import GroupQueryAttention_O
+from impl.kv_cache import KeyValue, KVCacheManager
+from impl.layer_options import LayerOptions
+from impl.norms import QKNormPlacement, QKNormScope
+from impl.output import NeuronAttentionBaseOutput
+from impl.serving import CACHE_KEYWORDS, check_call, check_group, check_layer_config
+
+
+class NeuronAttentionBase(AttentionCore):
+    """Grouped-query attention with everything NxD Inference's module can be configured to do.
+
+    Order of operations: fused RMS norm (if passed), q/k/v projection with bias, clip, weightless
+    norm of the flat q and k (PRE_ROPE), weighted norm of the flat q and k (scope PROJECTION), split
+    into heads, weighted norm per head (PRE_ROPE), RoPE or temperature, weighted norm per head
+    (POST_ROPE), weightless norm per head (POST_ROPE), attention, output projection with bias. V is
+    never normed or rotated, and the cache holds K after norms and RoPE. Every path casts the input
+    to the layer's dtype and the output back. `impl.kernels.native` lists every rounding.
+
+    Args:
+        config: the model's configuration; its `neuron_config` says how the layer is run.
+        hidden_size: width of the residual stream.
+        num_attention_heads: query heads.
+        num_key_value_heads: KV heads, which divide them.
+        head_dim: width of a head; None is `hidden_size // num_attention_heads`.
+        rotary_emb: `(x, position_ids) -> cos, sin` for the half pairing; None is no RoPE (NoPE).
+        rope_theta: base of the interleaved pairing, for `use_polar_compatible_rope`.
+        use_scaled_rope: scale that pairing as `config.rope_parameters` (llama3) says.
+        rms_norm_eps: epsilon of the weightless norm.
+        use_qk_norm: weightless RMS norm of q and k.
+        qk_norm_placement: where that is: PRE_ROPE over the flat projection, POST_ROPE over a head.
+        q_layernorm: weighted norm of q; both or neither. Without them and with
+            `neuron_config.qk_layernorm`, an `nn.LayerNorm(head_dim)` each.
+        k_layernorm: the same for k.
+        qk_layernorm_scope: what they run over: a head, or the flat projection (before RoPE).
+        qk_layernorm_placement: before or after RoPE.
+        post_transpose_layernorm: apply them after the heads moved in front; the same function.
+        clip_qkv: clamp q, k and v to `[-clip_qkv, clip_qkv]`, after the bias.
+        qkv_bias: bias of q, k and v.
+        o_bias: bias of the output projection.
+        softmax_scale: **divisor** of the scores; None is `sqrt(head_dim)`.
+        attn_logit_softcapping: scores become `cap * tanh(scores / cap)`, before the mask.
+        attn_temperature_tuning: scale queries by position in layers without RoPE.
+        floor_scale: positions that share a temperature.
+        attn_scale: weight of the temperature's logarithm.
+        attention_chunk_size: positions meet only within one chunk. One that is not below
+            `neuron_config.seq_len` reads as None, with a warning, and still limits by position.
+        sliding_window: keys a query may see, its own included.
+        learned_sinks_size: 1 for one sink logit per query head, None for none.
+        is_post_global_attn_layer, is_pre_global_attn_layer, optimize_interleave_attn: placement of
+            collectives under context parallelism; without effect on one rank.
+        num_cores_per_group: 1; more needs flash decoding.
+        sequence_parallel_enabled: None is the configuration's.
+        tensor_model_parallel_group: None, or a group of one rank.
+        o_proj_layer_name: name of the output projection in checkpoints.
+
+    Raises:
+        ConfigError: a value or a combination that is not defined.
+        UnsupportedError: a configuration that this version does not serve.
+    """
+
+    def __init__(
+        self,
+        config: InferenceConfig,
+        hidden_size: int,
+        num_attention_heads: int,
+        num_key_value_heads: int,
+        head_dim: int | None = None,
+        *,
+        rotary_emb: Rotary | None = None,
+        rope_theta: float | None = None,
+        use_scaled_rope: bool = False,
+        rms_norm_eps: float | None = None,
+        use_qk_norm: bool = False,
+        qk_norm_placement: QKNormPlacement = QKNormPlacement.PRE_ROPE,
+        q_layernorm: Norm | None = None,
+        k_layernorm: Norm | None = None,
+        qk_layernorm_scope: QKNormScope = QKNormScope.HEAD,
+        qk_layernorm_placement: QKNormPlacement = QKNormPlacement.PRE_ROPE,
+        post_transpose_layernorm: bool = False,
+        clip_qkv: float | None = None,
+        qkv_bias: bool = False,
+        o_bias: bool = False,
+        softmax_scale: float | None = None,
+        attn_logit_softcapping: float | None = None,
+        attn_temperature_tuning: bool = False,
+        floor_scale: float = 8192,
+        attn_scale: float = 0.1,
+        attention_chunk_size: int | None = None,
+        is_post_global_attn_layer: bool = False,
+        is_pre_global_attn_layer: bool = False,
+        optimize_interleave_attn: bool = False,
+        sliding_window: int | None = None,
+        learned_sinks_size: int | None = None,
+        num_cores_per_group: int = 1,
+        sequence_parallel_enabled: bool | None = None,
+        tensor_model_parallel_group: Any = None,
+        o_proj_layer_name: str = "o_proj",
+    ) -> None:
+        run = config.neuron_config
+        check_layer_config(run)
+        check_group(tensor_model_parallel_group, num_cores_per_group, sequence_parallel_enabled)
+        options = LayerOptions(
+            hidden_size=hidden_size,
+            num_attention_heads=num_attention_heads,
+            num_key_value_heads=num_key_value_heads,
+            head_dim=head_dim,
+            softmax_scale=softmax_scale,
+            attn_logit_softcapping=attn_logit_softcapping,
+            sliding_window=sliding_window,
+            attention_chunk_size=attention_chunk_size,
+            learned_sinks_size=learned_sinks_size,
+            use_qk_norm=use_qk_norm,
+            rms_norm_eps=rms_norm_eps,
+            qk_norm_placement=qk_norm_placement,
+            qk_layernorm_scope=qk_layernorm_scope,
+            qk_layernorm_placement=qk_layernorm_placement,
+            post_transpose_layernorm=post_transpose_layernorm,
+            attn_temperature_tuning=attn_temperature_tuning,
+            floor_scale=floor_scale,
+            attn_scale=attn_scale,
+        )
+        super().__init__(
+            config,
+            options,
+            rotary_emb=rotary_emb,
+            rope_theta=rope_theta,
+            use_scaled_rope=use_scaled_rope,
+            q_layernorm=q_layernorm,
+            k_layernorm=k_layernorm,
+            clip_qkv=clip_qkv,
+            qkv_bias=qkv_bias,
+        )
+        self.attention_chunk_size = options.routed_chunk_size(run)
+        both = is_pre_global_attn_layer and is_post_global_attn_layer
+        self.is_pre_global_attn_layer = is_pre_global_attn_layer and not both
+        self.is_post_global_attn_layer = is_post_global_attn_layer and not both
+        self.optimize_interleave_attn = optimize_interleave_attn and not both
+        self.o_bias = o_bias
+        self.o_proj = GroupQueryAttention_O(
+            hidden_size,
+            self.head_dim,
+            num_attention_heads,
+            dtype=self.torch_dtype,
+            bias=o_bias,
+            layer_name=o_proj_layer_name,
+        )
+        self.register_load_state_dict_pre_hook(_adapt_state_dict)  # type: ignore[no-untyped-call]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_value: KeyValue | None = None,
+        active_mask: Tensor | None = None,
+        adapter_ids: Tensor | None = None,
+        cos_cache: Tensor | None = None,
+        sin_cache: Tensor | None = None,
+        rmsnorm: Norm | None = None,
+        rotary_position_ids: Tensor | None = None,
+        kv_mgr: KVCacheManager | None = None,
+        get_kv_per_layer: bool = False,
+        update_kv_per_layer: bool = False,
+        residual: Tensor | None = None,
+        windowed_context_encoding_window_idx: int = -1,
+        **kwargs: Any,
+    ) -> NeuronAttentionBaseOutput:
+        """Attend.
+
+        Without cached keys the step is context encoding (CTE, prefill): the tokens attend among
+        themselves. With them it is token generation (TKG, decode): they attend to the cache and
+        to themselves, under one softmax.
+
+        Args:
+            hidden_states: `(batch, seq_len, hidden_size)`, any floating dtype.
+            attention_mask: True = attend. Prefill: `(batch, seq_len)`, real tokens, or
+                `(batch, 1, seq_len, seq_len)`; None is no mask at all in a full layer, and the
+                limit by position in a windowed or chunked one. Decode: slots that hold a token,
+                `(batch, cache_len)` or `(batch, 1, seq_len or 1, cache_len)`; None is every slot
+                before the step. See `impl.masks`.
+            position_ids: `(batch, seq_len)`, integer: position of each token, for RoPE, for
+                windows, chunks and temperature, and for cache slots. Negative marks padding.
+                None is `0, 1, ...` in prefill, and an error in decode.
+            past_key_value: cached K and V, `(batch, kv_heads, cache_len, head_dim)`, slot `p`
+                holding position `p`; K has its last axes exchanged if `k_cache_transposed`.
+            active_mask: `(batch, 1, seq_len, seq_len)`, which tokens of a decode step see each
+                other; needed for more than one, not read for one.
+            adapter_ids: must be None.
+            cos_cache: cosines of an earlier layer of the same kind; both caches or neither. They
+                are used as they are, so layers of different RoPE must not share them.
+            sin_cache: sines, likewise.
+            rmsnorm: norm of the hidden states to apply before the projection. Pass it only if the
+                caller has not applied it.
+            rotary_position_ids: positions for RoPE alone, in place of `position_ids`.
+            kv_mgr: cache to read or write inside the layer.
+            get_kv_per_layer: take `past_key_value` from `kv_mgr`, layer `idx`.
+            update_kv_per_layer: return the whole updated cache of layer `idx` instead of the
+                step's K and V.
+            residual: returned unchanged, and not added.
+            windowed_context_encoding_window_idx: must be negative.
+            **kwargs: `use_polar_compatible_rope` (interleaved RoPE with `rope_theta`, in place of
+                `rotary_emb`), and arguments for `kv_mgr`: `idx`, `seq_len`, `seq_ids`,
+                `kvcache_buffer`, `scatter_index`, `is_for_context_encoding`.
+
+        Returns:
+            Output, K and V of the step, cos and sin caches, residual.
+
+        Raises:
+            ShapeError: a tensor that does not fit.
+            UnsupportedError: an argument that this version does not serve.
+            AttentionError: an unknown keyword.
+        """
+        check_call(adapter_ids, windowed_context_encoding_window_idx, kwargs)
+        self._check_input(hidden_states, position_ids)
+        polar = bool(kwargs.pop("use_polar_compatible_rope", False))
+        cache_arguments = {name: kwargs[name] for name in CACHE_KEYWORDS if name in kwargs}
+        if get_kv_per_layer:
+            if past_key_value is not None:
+                raise ShapeError(
+                    explain("past_key_value", "be None when get_kv_per_layer is True", "a cache")
+                )
+            past_key_value = _manager(kv_mgr, cache_arguments).get_kv_by_layer_id(
+                cache_arguments["idx"], cache_arguments.get("seq_len")
+            )
+        if residual is not None and self.neuron_config.qkv_kernel_enabled:
+            raise UnsupportedError(
+                explain(
+                    "residual",
+                    "be None when qkv_kernel_enabled is True",
+                    tuple(residual.shape),
+                    "that kernel would add it; add it before the call",
+                )
+            )
+        if active_mask is not None and past_key_value is None:
+            raise ShapeError(
+                explain(
+                    "active_mask",
+                    "be None in prefill",
+                    tuple(active_mask.shape),
+                    "prefill reads attention_mask",
+                )
+            )
+        if position_ids is None:
+            if past_key_value is not None:
+                raise ShapeError(explain("position_ids", "be given in decode", None))
+            batch, seq_len, _ = hidden_states.shape
+            steps = torch.arange(seq_len, device=hidden_states.device)
+            position_ids = steps.expand(batch, seq_len)
+
+        arguments: dict[str, Any] = {
+            "hidden_states": hidden_states,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_value": past_key_value,
+            "active_mask": active_mask,
+            "cos_cache": cos_cache,
+            "sin_cache": sin_cache,
+            "rmsnorm": rmsnorm,
+            "rotary_position_ids": rotary_position_ids,
+            "residual": residual,
+            "use_polar_compatible_rope": polar,
+        }
+        if self.attention_chunk_size and self.cp_degree == 1:
+            output = self.chunked_attention_forward(**arguments)
+        elif self.attention_chunk_size:
+            output = self.chunked_attention_with_context_parallel_forward(**arguments)
+        elif self.sliding_window:
+            output = self.windowed_attention_forward(**arguments)
+        else:
+            output = self.standard_causal_attention_forward(**arguments)
+
+        if not update_kv_per_layer:
+            return output
+        return NeuronAttentionBaseOutput(
+            hidden_states=output.hidden_states,
+            present_key_value=_manager(kv_mgr, cache_arguments).update_kv_by_layer_id(
+                position_ids=position_ids, kv_per_layer=output.present_key_value, **cache_arguments
+            ),
+            cos_cache=output.cos_cache,
+            sin_cache=output.sin_cache,
+            residual=output.residual,
+        )
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load a checkpoint by this layer's names or Hugging Face's; see `impl.state_dict`.
+
+        Args:
+            state_dict: the checkpoint; it is not changed.
+            strict: refuse missing and unexpected entries.
+            assign: keep the checkpoint's tensors instead of copying them.
+
+        Returns:
+            Missing and unexpected keys.
+
+        Raises:
+            StateDictError: the checkpoint does not fit.
+        """
+        report = super().load_state_dict(state_dict, strict=False, assign=assign)
+        if strict:
+            checkpoints.check_keys(report.missing_keys, report.unexpected_keys)
+        return report
+
+    def standard_causal_attention_forward(self, **arguments: Any) -> NeuronAttentionBaseOutput:
+        """Forward of a full layer."""
+        return self._layer_forward(**arguments)
+
+    def windowed_attention_forward(self, **arguments: Any) -> NeuronAttentionBaseOutput:
+        """Forward of a layer with `sliding_window`."""
+        return self._layer_forward(**arguments)
+
+    def chunked_attention_forward(self, **arguments: Any) -> NeuronAttentionBaseOutput:
+        """Forward of a layer with `attention_chunk_size`; decodes one token a step."""
+        q_len = arguments["hidden_states"].shape[1]
+        if arguments["past_key_value"] is not None and q_len > 1:
+            raise UnsupportedError(
+                explain(
+                    "hidden_states",
+                    "hold one token in a decode step of a chunked layer",
+                    q_len,
+                    "speculation is not defined across a chunk's end",
+                )
+            )
+        return self._layer_forward(**arguments)
+
+    def chunked_attention_with_context_parallel_forward(
+        self, **arguments: Any
+    ) -> NeuronAttentionBaseOutput:
+        """Forward of a chunked layer under context parallelism; not served by this version."""
+        raise UnsupportedError(
+            explain(
+                "cp_degree",
+                "be 1 for a chunked layer in this version",
+                self.cp_degree,
+                "this version runs on one rank",
+            )
+        )
+
+    def _layer_forward(
+        self,
+        *,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        past_key_value: KeyValue | None,
+        active_mask: Tensor | None,
+        cos_cache: Tensor | None,
+        sin_cache: Tensor | None,
+        rmsnorm: Norm | None,
+        rotary_position_ids: Tensor | None,
+        residual: Tensor | None,
+        use_polar_compatible_rope: bool,
+    ) -> NeuronAttentionBaseOutput:
+        given_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(self.torch_dtype)
+        q, k, v, cos_cache, sin_cache = self.prep_qkv_tensors(
+            hidden_states,
+            position_ids,
+            cos_cache=cos_cache,
+            sin_cache=sin_cache,
+            rmsnorm=rmsnorm,
+            rotary_position_ids=rotary_position_ids,
+            use_polar_compatible_rope=use_polar_compatible_rope,
+        )
+        if past_key_value is None:
+            heads = self.perform_prefill(q, k, v, attention_mask, position_ids)
+        else:
+            heads = self.compute_for_token_gen(
+                q, k, v, position_ids, past_key_value, attention_mask, active_mask
+            )
+        merged = heads.transpose(1, 2).flatten(2)
+        return NeuronAttentionBaseOutput(
+            hidden_states=self.o_proj(merged).to(given_dtype),
+            present_key_value=(k, v),
+            cos_cache=cos_cache,
+            sin_cache=sin_cache,
+            residual=residual,
+        )
+
+    def _check_input(self, hidden_states: Tensor, position_ids: Tensor | None) -> None:
+        shape = tuple(hidden_states.shape)
+        if len(shape) != 3 or shape[2] != self.hidden_size:
+            raise ShapeError(
+                explain("hidden_states", f"have shape (batch, seq_len, {self.hidden_size})", shape)
+            )
+        if position_ids is None:
+            return
+        if tuple(position_ids.shape) != shape[:2]:
+            raise ShapeError(
+                explain("position_ids", f"have shape {shape[:2]}", tuple(position_ids.shape))
+            )
+        if position_ids.is_floating_point() or position_ids.dtype == torch.bool:
+            raise ShapeError(explain("position_ids", "be integer", position_ids.dtype))
+
+
+def _manager(kv_mgr: KVCacheManager | None, arguments: dict[str, Any]) -> KVCacheManager:
+    if kv_mgr is None or "idx" not in arguments:
+        raise ShapeError(
+            explain(
+                "kv_mgr and idx",
+                "be given with get_kv_per_layer or update_kv_per_layer",
+                f"{type(kv_mgr).__name__} and {sorted(arguments)}",
+            )
+        )
+    return kv_mgr
+
+
+def _adapt_state_dict(
+    module: nn.Module, state: dict[str, Tensor], prefix: str, *_reports: object
+) -> None:
+    assert isinstance(module, NeuronAttentionBase)
+    checkpoints.adapt(module, state, prefix)

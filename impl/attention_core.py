@@ -1,0 +1,208 @@
+"""From queries, keys and values to the heads' outputs: masks, sinks, kernel choice, both phases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from impl.attention_inputs import AttentionInputs
+from impl.config import InferenceConfig
+from impl.errors import ShapeError, explain
+from impl.kernels import native
+from impl.kv_cache import KeyValue
+from impl.layer_options import LayerOptions
+from impl.masks import active_token_mask, context_encoding_mask, token_generation_mask
+from impl.sink import LearnedSink
+from impl.strategy import (
+    FlashAttentionStrategy,
+    KernelChoice,
+    get_flash_attention_strategy,
+    resolve_kernel,
+    warn_of_unbound_kernels,
+)
+
+
+class AttentionCore(AttentionInputs):
+    """Attention proper, of a prefill step and of a decode step.
+
+    Args:
+        config: the model's configuration.
+        options: the layer's numeric options.
+        **inputs: as `AttentionInputs`.
+    """
+
+    def __init__(self, config: InferenceConfig, options: LayerOptions, **inputs: Any) -> None:
+        super().__init__(config, options, **inputs)
+        run = config.neuron_config
+        self.tp_degree, self.cp_degree = run.tp_degree, run.cp_degree
+        self.dp_degree = run.attention_dp_degree
+        self.padding_side = run.padding_side
+        self.softmax_scale = options.divisor
+        self.sliding_window = options.sliding_window
+        self.learned_sinks_size = options.learned_sinks_size
+        # A windowed layer keeps its keys as rows, as its cache does.
+        self.k_cache_transposed = run.k_cache_transposed and options.sliding_window is None
+        self.score_rule = native.ScoreRule(
+            divisor=options.divisor, softcap=options.attn_logit_softcapping
+        )
+        self._init_sinks()
+        warn_of_unbound_kernels(run)
+
+    def _init_sinks(self) -> None:
+        """One sink parameter, and a second one for decode where the two phases shard unlike."""
+        self.learned_sinks: LearnedSink | None = None
+        self.tkg_learned_sinks: LearnedSink | None = None
+        if self.learned_sinks_size is None:
+            return
+        size, heads, dtype = self.learned_sinks_size, self.num_heads, self.torch_dtype
+        self.learned_sinks = LearnedSink(size, heads, dtype, self.tp_degree)
+        if self.cp_degree != self.dp_degree:
+            self.tkg_learned_sinks = LearnedSink(size, heads, dtype, self.tp_degree)
+
+    def get_learned_sinks(self, is_prefill_stage: bool | None = None) -> Tensor | None:
+        """Sink logits of a phase.
+
+        Args:
+            is_prefill_stage: the phase; None is `neuron_config.is_prefill_stage`.
+
+        Returns:
+            `(num_attention_heads,)`: those of decode only in decode and where context and data
+            parallelism differ, else those of the layer. None if the layer has no sinks.
+        """
+        if self.learned_sinks is None:
+            return None
+        if is_prefill_stage is None:
+            is_prefill_stage = self.neuron_config.is_prefill_stage
+        apart = self.cp_degree != self.dp_degree and self.tkg_learned_sinks is not None
+        if apart and is_prefill_stage is False:
+            assert self.tkg_learned_sinks is not None
+            return self.tkg_learned_sinks.get_sink()
+        return self.learned_sinks.get_sink()
+
+    def get_flash_attention_strategy(
+        self, q_len: int, has_attention_mask: bool
+    ) -> FlashAttentionStrategy:
+        """Prefill kernel this layer selects; see `impl.strategy`."""
+        run = self.neuron_config
+        return get_flash_attention_strategy(
+            q_len=q_len,
+            has_attention_mask=has_attention_mask,
+            head_dim=self.head_dim,
+            cp_degree=self.cp_degree,
+            logical_nc_config=run.logical_nc_config,
+            attn_kernel_enabled=run.attn_kernel_enabled,
+            strided_context_parallel_kernel_enabled=run.strided_context_parallel_kernel_enabled,
+            sliding_window=self.sliding_window,
+        )
+
+    def kernel_choice(self, q_len: int, has_attention_mask: bool = True) -> KernelChoice:
+        """Kernel this layer selects for a prefill of `q_len`, and what runs in its place."""
+        strategy = self.get_flash_attention_strategy(q_len, has_attention_mask)
+        return resolve_kernel(strategy, self.head_dim)
+
+    def perform_prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, position_ids: Tensor
+    ) -> Tensor:
+        """Attention of a prefill step.
+
+        Args:
+            q: `(batch, num_attention_heads, seq_len, head_dim)`, BHSD, and k and v with
+                `num_key_value_heads`, rotated.
+            k: see q.
+            v: see q.
+            attention_mask: as in `forward`.
+            position_ids: `(batch, seq_len)`.
+
+        Returns:
+            Like `q`.
+
+        Raises:
+            ConfigError: the strided kernel was asked for where it cannot run.
+        """
+        mask = context_encoding_mask(
+            attention_mask,
+            position_ids,
+            sliding_window=self.options.sliding_window,
+            attention_chunk_size=self.options.attention_chunk_size,
+        )
+        self.get_flash_attention_strategy(q.shape[2], mask is not None)
+        sink = self.get_learned_sinks(is_prefill_stage=True)
+        return native.context_encoding(q, k, v, mask, sink, self.score_rule)
+
+    def compute_for_token_gen(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position_ids: Tensor,
+        past_key_value: KeyValue,
+        attention_mask: Tensor | None,
+        active_mask: Tensor | None,
+    ) -> Tensor:
+        """Attention of a decode step.
+
+        Args:
+            q: `(batch, num_attention_heads, seq_len, head_dim)`, BHSD, and k and v with
+                `num_key_value_heads`, rotated.
+            k: see q.
+            v: see q.
+            position_ids: `(batch, seq_len)`.
+            past_key_value: as in `forward`, like the rest.
+            attention_mask: see `forward`.
+            active_mask: see `forward`.
+
+        Returns:
+            Like `q`.
+        """
+        k_prior, v_prior = past_key_value
+        self._check_cache(k_prior, v_prior, k)
+        q_len = q.shape[2]
+        prior_mask = token_generation_mask(
+            attention_mask,
+            position_ids,
+            v_prior.shape[2],
+            slots_are_positions=self.padding_side == "right",
+            sliding_window=self.options.sliding_window,
+            attention_chunk_size=self.options.attention_chunk_size,
+        )
+        among = None
+        if q_len > 1:
+            if active_mask is None:
+                raise ShapeError(
+                    explain(
+                        "active_mask",
+                        f"be given for a decode step of {q_len} tokens",
+                        None,
+                        "tril for a draft; pass no past_key_value to prefill",
+                    )
+                )
+            among = active_token_mask(active_mask, position_ids, self.options.sliding_window)
+        return native.token_generation(
+            q,
+            k,
+            v,
+            k_prior,
+            v_prior,
+            prior_mask,
+            among,
+            self.get_learned_sinks(is_prefill_stage=False),
+            self.score_rule,
+            k_prior_transposed=self.k_cache_transposed,
+        )
+
+    def _check_cache(self, k_prior: Tensor, v_prior: Tensor, k: Tensor) -> None:
+        batch, heads, _, width = k.shape
+        slots = max(v_prior.shape[2], 1) if v_prior.dim() == 4 else 1
+        expected = (batch, heads, slots, width)
+        k_expected = (batch, heads, width, slots) if self.k_cache_transposed else expected
+        for name, tensor, want in (
+            ("past_key_value[0]", k_prior, k_expected),
+            ("past_key_value[1]", v_prior, expected),
+        ):
+            if tensor.dtype != self.torch_dtype:
+                raise ShapeError(explain(name, f"be {self.torch_dtype}", tensor.dtype))
+            if tuple(tensor.shape) != want:
+                raise ShapeError(
+                    explain(name, f"have shape {want}", tuple(tensor.shape), "is it BHSD?")
+                )

@@ -1,0 +1,264 @@
+"""From hidden states to the queries, keys and values that attention reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from impl.config import InferenceConfig
+from impl.errors import ConfigError, ShapeError, explain
+from impl.gqa import GroupQueryAttention_QKV
+from impl.layer_options import LayerOptions
+from impl.norms import L2Norm, QKNormPlacement, QKNormScope, check_eps
+from impl.rope import PolarRotaryEmbedding, apply_rotary_polar_compatible, apply_rotary_pos_emb
+from impl.rope_frequencies import RotaryFrequencies
+from impl.temperature import scale_queries
+
+Norm = Callable[[Tensor], Tensor]
+Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class AttentionInputs(nn.Module):
+    """Projection, norms and rotation of a layer: the part of it before attention.
+
+    Args:
+        config: the model's configuration.
+        options: the layer's numeric options.
+        rotary_emb: `(x, position_ids) -> cos, sin` for the half pairing, or None.
+        rope_theta: base of the interleaved pairing, or None.
+        use_scaled_rope: scale that pairing as `config.rope_parameters` (llama3) says.
+        q_layernorm: weighted norm of q; both or neither.
+        k_layernorm: weighted norm of k.
+        clip_qkv: clamp q, k and v to `[-clip_qkv, clip_qkv]`.
+        qkv_bias: bias of q, k and v.
+
+    Raises:
+        ConfigError: a value or a combination that is not defined.
+    """
+
+    def __init__(
+        self,
+        config: InferenceConfig,
+        options: LayerOptions,
+        *,
+        rotary_emb: Rotary | None,
+        rope_theta: float | None,
+        use_scaled_rope: bool,
+        q_layernorm: Norm | None,
+        k_layernorm: Norm | None,
+        clip_qkv: float | None,
+        qkv_bias: bool,
+    ) -> None:
+        super().__init__()
+        options.check_against(config.neuron_config)
+        if options.attn_temperature_tuning and rotary_emb is not None:
+            raise ConfigError(
+                explain(
+                    "attn_temperature_tuning",
+                    "be False when the layer has a rotary_emb",
+                    True,
+                    "the temperature belongs to layers without RoPE",
+                )
+            )
+        self.config = config
+        self.neuron_config = config.neuron_config
+        self.options = options
+        self.torch_dtype = config.neuron_config.layer_dtype
+        self.hidden_size = options.hidden_size
+        self.num_heads = self.num_attention_heads = options.num_attention_heads
+        self.num_key_value_heads = options.num_key_value_heads
+        self.num_key_value_groups = self.num_heads // self.num_key_value_heads
+        self.head_dim = options.width
+        self.qkv_bias = qkv_bias
+        self.rotary_emb = rotary_emb
+        self.rope_theta = rope_theta
+        self.polar_rotary_emb = self._make_polar(rope_theta, use_scaled_rope)
+        self._init_norms(q_layernorm, k_layernorm)
+        self.qkv_proj = GroupQueryAttention_QKV(
+            self.hidden_size,
+            self.head_dim,
+            self.num_heads,
+            self.num_key_value_heads,
+            dtype=self.torch_dtype,
+            bias=qkv_bias,
+            fused_qkv=self.neuron_config.fused_qkv,
+            clip_qkv=clip_qkv,
+        )
+
+    def _make_polar(
+        self, rope_theta: float | None, use_scaled_rope: bool
+    ) -> PolarRotaryEmbedding | None:
+        given = self.config.rope_parameters
+        if use_scaled_rope and (rope_theta is None or (given or {}).get("rope_type") != "llama3"):
+            raise ConfigError(
+                explain(
+                    "use_scaled_rope",
+                    "come with rope_theta and llama3 rope_parameters in the configuration",
+                    f"{rope_theta} and {given}",
+                )
+            )
+        if rope_theta is None:
+            return None
+        scaled = {**given, "rope_theta": rope_theta} if use_scaled_rope and given else None
+        return PolarRotaryEmbedding(
+            RotaryFrequencies.from_parameters(self.head_dim, scaled, rope_theta=rope_theta)
+        )
+
+    def _init_norms(self, q_layernorm: Norm | None, k_layernorm: Norm | None) -> None:
+        if (q_layernorm is None) != (k_layernorm is None):
+            alone = "k_layernorm" if q_layernorm is None else "q_layernorm"
+            raise ConfigError(
+                explain("q_layernorm and k_layernorm", "be given together", f"{alone} alone")
+            )
+        if q_layernorm is None and self.neuron_config.qk_layernorm:
+            q_layernorm, k_layernorm = (
+                nn.LayerNorm(self.head_dim, dtype=self.torch_dtype) for _ in range(2)
+            )
+        self.q_layernorm, self.k_layernorm = q_layernorm, k_layernorm
+        options = self.options
+        self.qk_norm: L2Norm | None = None
+        if options.use_qk_norm:
+            self.qk_norm = L2Norm(check_eps(options.rms_norm_eps, "rms_norm_eps"))
+
+    def prep_qkv_tensors(
+        self,
+        hidden_states: Tensor,
+        position_ids: Tensor,
+        *,
+        cos_cache: Tensor | None = None,
+        sin_cache: Tensor | None = None,
+        rmsnorm: Norm | None = None,
+        rotary_position_ids: Tensor | None = None,
+        use_polar_compatible_rope: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Project, norm and rotate.
+
+        Args:
+            hidden_states: `(batch, seq_len, hidden_size)`, in the layer's dtype.
+            position_ids: `(batch, seq_len)`.
+            cos_cache: as in `forward`, like the rest.
+            sin_cache: see `forward`.
+            rmsnorm: see `forward`.
+            rotary_position_ids: see `forward`.
+            use_polar_compatible_rope: see `forward`.
+
+        Returns:
+            q `(batch, num_attention_heads, seq_len, head_dim)`, k and v
+            `(batch, num_key_value_heads, seq_len, head_dim)`, BHSD, in the layer's dtype; and the
+            cos and sin caches.
+        """
+        if rmsnorm is not None:
+            hidden_states = rmsnorm(hidden_states).to(self.torch_dtype)
+        q, k, v = self.qkv_proj(hidden_states)
+        options = self.options
+        scope, weighted = options.qk_layernorm_scope, options.qk_layernorm_placement
+        if options.qk_norm_placement is QKNormPlacement.PRE_ROPE:
+            q, k = self._normed(q, k, self.qk_norm, self.qk_norm)
+        if scope is QKNormScope.PROJECTION:
+            q, k = self._normed(q, k, self.q_layernorm, self.k_layernorm)
+        q, k, v = (
+            flat.unflatten(-1, (heads, self.head_dim))
+            for flat, heads in (
+                (q, self.num_heads),
+                (k, self.num_key_value_heads),
+                (v, self.num_key_value_heads),
+            )
+        )
+        norm_here = scope is QKNormScope.HEAD and weighted is QKNormPlacement.PRE_ROPE
+        if norm_here and not options.post_transpose_layernorm:
+            q, k = self._normed(q, k, self.q_layernorm, self.k_layernorm)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if norm_here and options.post_transpose_layernorm:
+            q, k = self._normed(q, k, self.q_layernorm, self.k_layernorm)
+        q, k, cos_cache, sin_cache = self.apply_rotary_embedding(
+            q,
+            k,
+            position_ids,
+            cos_cache,
+            sin_cache,
+            use_polar_compatible_rope,
+            rotary_position_ids,
+        )
+        if weighted is QKNormPlacement.POST_ROPE:
+            q, k = self._normed(q, k, self.q_layernorm, self.k_layernorm)
+        if options.qk_norm_placement is QKNormPlacement.POST_ROPE:
+            q, k = self._normed(q, k, self.qk_norm, self.qk_norm)
+        return q, k, v, cos_cache, sin_cache
+
+    def _normed(
+        self, q: Tensor, k: Tensor, q_norm: Norm | None, k_norm: Norm | None
+    ) -> tuple[Tensor, Tensor]:
+        """Apply a pair of norms, if the layer has it, and round to the layer's dtype."""
+        if q_norm is None or k_norm is None:
+            return q, k
+        return q_norm(q).to(self.torch_dtype), k_norm(k).to(self.torch_dtype)
+
+    def apply_rotary_embedding(
+        self,
+        q: Tensor,
+        k: Tensor,
+        position_ids: Tensor,
+        cos_cache: Tensor | None,
+        sin_cache: Tensor | None,
+        use_polar_compatible_rope: bool = False,
+        rotary_position_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Rotate q and k, or apply the temperature of a layer without RoPE.
+
+        Args:
+            q: `(batch, num_attention_heads, seq_len, head_dim)`, BHSD.
+            k: `(batch, num_key_value_heads, seq_len, head_dim)`, BHSD.
+            position_ids: `(batch, seq_len)`.
+            cos_cache: as in `forward`, like the rest.
+            sin_cache: see `forward`.
+            use_polar_compatible_rope: see `forward`.
+            rotary_position_ids: see `forward`.
+
+        Returns:
+            q, k, and the cos and sin caches: new, or as given; a layer without RoPE passes them on.
+        """
+        if (cos_cache is None) != (sin_cache is None):
+            raise ShapeError(explain("cos_cache and sin_cache", "be given together", "one of them"))
+        options = self.options
+        rotary: Rotary | None = self.rotary_emb
+        if use_polar_compatible_rope:
+            if self.polar_rotary_emb is None or options.attn_temperature_tuning:
+                raise ConfigError(
+                    explain(
+                        "use_polar_compatible_rope",
+                        "be False in a layer without rope_theta or with attn_temperature_tuning",
+                        True,
+                    )
+                )
+            rotary = self.polar_rotary_emb
+        if rotary is None:
+            if options.attn_temperature_tuning:
+                q = scale_queries(q, position_ids, options.floor_scale, options.attn_scale)
+            return q, k, cos_cache, sin_cache
+        if cos_cache is None or sin_cache is None:
+            positions = position_ids if rotary_position_ids is None else rotary_position_ids
+            cos_cache, sin_cache = rotary(k, positions)
+        self._check_rotary_caches(cos_cache, sin_cache, k, use_polar_compatible_rope)
+        rotate = (
+            apply_rotary_polar_compatible if use_polar_compatible_rope else apply_rotary_pos_emb
+        )
+        q, k = rotate(q, k, cos_cache, sin_cache)
+        return q, k, cos_cache, sin_cache
+
+    def _check_rotary_caches(self, cos: Tensor, sin: Tensor, k: Tensor, polar: bool) -> None:
+        batch, _, seq_len, head_dim = k.shape
+        owner = self.polar_rotary_emb if polar else self.rotary_emb
+        width = getattr(owner, "rotary_dim", cos.shape[-1])
+        width = width // 2 if polar else width
+        expected = (batch, seq_len, min(width, head_dim))
+        for name, tensor in (("cos_cache", cos), ("sin_cache", sin)):
+            if tuple(tensor.shape) != expected:
+                raise ShapeError(
+                    explain(
+                        name,
+                        f"have shape {expected}",
+                        tuple(tensor.shape),
+                        "is it from a layer of another RoPE?",
+                    )
+                )

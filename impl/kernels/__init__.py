@@ -1,0 +1,1 @@
+"""Attention proper: from queries, keys and values to the output of each head."""

@@ -1,0 +1,223 @@
+"""Which key a query may see, as boolean tensors.
+
+Everywhere: True means attend; the sliding window of `W` counts the query's own key; positions are
+explicit, so lengths need not agree; a query row that sees no key comes out as zeros. A negative
+position marks padding: no query sees it, and its own row sees nothing. For one sequence of five
+tokens (query rows, key columns):
+
+    causal    window 2  chunk 3
+    1 . . . .   1 . . . .   1 . . . .
+    1 1 . . .   1 1 . . .   1 1 . . .
+    1 1 1 . .   . 1 1 . .   1 1 1 . .
+    1 1 1 1 .   . . 1 1 .   . . . 1 .
+    1 1 1 1 1   . . . 1 1   . . . 1 1
+
+Positions within a row of a batch belong to one sequence; packed sequences need an explicit mask.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from impl.errors import ShapeError, explain
+
+
+def visible(
+    q_positions: Tensor,
+    kv_positions: Tensor,
+    *,
+    sliding_window: int | None = None,
+    attention_chunk_size: int | None = None,
+) -> Tensor:
+    """Causal visibility by position, within the window or chunk if there is one.
+
+    Args:
+        q_positions: `(batch, q_len)`, integer.
+        kv_positions: `(batch or 1, kv_len)`, integer.
+        sliding_window: keys a query may see, its own included.
+        attention_chunk_size: positions meet only within one chunk of this size.
+
+    Returns:
+        `(batch, 1, q_len, kv_len)`, bool.
+    """
+    queries = q_positions[:, None, :, None]
+    keys = kv_positions[:, None, None, :]
+    allowed = (keys <= queries) & (keys >= 0)
+    if sliding_window is not None:
+        allowed = allowed & (queries - keys < sliding_window)
+    if attention_chunk_size is not None:
+        same = torch.div(queries, attention_chunk_size, rounding_mode="floor") == torch.div(
+            keys, attention_chunk_size, rounding_mode="floor"
+        )
+        allowed = allowed & same
+    return allowed
+
+
+def context_encoding_mask(
+    attention_mask: Tensor | None,
+    position_ids: Tensor,
+    *,
+    sliding_window: int | None = None,
+    attention_chunk_size: int | None = None,
+) -> Tensor | None:
+    """Mask of a prefill step (CTE), where queries and keys are the same tokens.
+
+    | attention_mask | full layer | window or chunk layer |
+    | --- | --- | --- |
+    | None | every key (a vision encoder) | by position |
+    | `(batch, seq_len)`, True = real key | real, and causal by position | real, and by position |
+    | `(batch or 1, 1, seq_len, seq_len)` | as given | as given, and by position |
+
+    So the mask of another kind of layer can narrow a window or chunk and never widen it.
+
+    Args:
+        attention_mask: bool or integer.
+        position_ids: `(batch, seq_len)`, integer.
+        sliding_window: as in `visible`.
+        attention_chunk_size: as in `visible`.
+
+    Returns:
+        `(batch or 1, 1, seq_len, seq_len)`, bool; None if every key is seen.
+
+    Raises:
+        ShapeError: the mask is floating point or of another shape.
+    """
+    limited = sliding_window is not None or attention_chunk_size is not None
+    if attention_mask is None and not limited:
+        return None
+    batch, seq_len = position_ids.shape
+    by_position = visible(
+        position_ids,
+        position_ids,
+        sliding_window=sliding_window,
+        attention_chunk_size=attention_chunk_size,
+    )
+    if attention_mask is None:
+        return by_position
+    given = as_bool(attention_mask, "attention_mask")
+    if given.shape == (batch, seq_len):
+        return by_position & given[:, None, None, :]
+    _require_shape(given, "attention_mask", batch, seq_len, seq_len)
+    return given & by_position if limited else given
+
+
+def token_generation_mask(
+    attention_mask: Tensor | None,
+    position_ids: Tensor,
+    cache_len: int,
+    *,
+    slots_are_positions: bool,
+    sliding_window: int | None = None,
+    attention_chunk_size: int | None = None,
+) -> Tensor:
+    """Mask of the cached keys in a decode step (TKG).
+
+    Where slots are positions, a slot is seen only if it lies before the step's first token, so a
+    mask that also marks the slots of the step itself does not count them twice.
+
+    Args:
+        attention_mask: True for slots that hold a token, `(batch, cache_len)` or
+            `(batch or 1, 1, q_len or 1, cache_len)`; None is every slot before the step.
+        position_ids: `(batch, q_len)`, integer; in ascending order if `q_len > 1`.
+        cache_len: slots of the cache.
+        slots_are_positions: slot `p` holds position `p` (padding on the right).
+        sliding_window: as in `visible`.
+        attention_chunk_size: as in `visible`.
+
+    Returns:
+        `(batch or 1, 1, q_len or 1, cache_len)`, bool.
+
+    Raises:
+        ShapeError: the mask is floating point, of another shape, or needed and missing.
+    """
+    batch, q_len = position_ids.shape
+    limited = sliding_window is not None or attention_chunk_size is not None
+    if not slots_are_positions and (attention_mask is None or limited):
+        raise ShapeError(
+            explain(
+                "padding_side",
+                'be "right" for a decode step that derives its mask from positions',
+                '"left"',
+                "slots are not positions there",
+            )
+        )
+    given = None
+    if attention_mask is not None:
+        given = as_bool(attention_mask, "attention_mask")
+        if given.shape == (batch, cache_len):
+            given = given[:, None, None, :]
+        _require_shape(given, "attention_mask", batch, q_len, cache_len)
+    if not slots_are_positions:
+        assert given is not None
+        return given
+    slots = torch.arange(cache_len, device=position_ids.device)[None, :]
+    before = slots[:, None, None, :] < position_ids[:, None, :1, None]
+    if limited:
+        before = before & visible(
+            position_ids,
+            slots,
+            sliding_window=sliding_window,
+            attention_chunk_size=attention_chunk_size,
+        )
+    return before if given is None else given & before
+
+
+def active_token_mask(
+    active_mask: Tensor, position_ids: Tensor, sliding_window: int | None
+) -> Tensor:
+    """Mask among the tokens of a decode step with more than one.
+
+    Args:
+        active_mask: `(batch or 1, 1, q_len, q_len)`, bool or integer; `tril` for a draft, or a
+            tree's ancestors.
+        position_ids: `(batch, q_len)`, integer.
+        sliding_window: as in `visible`; narrows the mask.
+
+    Returns:
+        `(batch or 1, 1, q_len, q_len)`, bool.
+
+    Raises:
+        ShapeError: the mask is floating point or of another shape.
+    """
+    batch, q_len = position_ids.shape
+    given = as_bool(active_mask, "active_mask")
+    _require_shape(given, "active_mask", batch, q_len, q_len)
+    if sliding_window is None:
+        return given
+    return given & visible(position_ids, position_ids, sliding_window=sliding_window)
+
+
+def as_bool(mask: Tensor, name: str) -> Tensor:
+    """Turn a 0/1 mask into bool.
+
+    Raises:
+        ShapeError: the mask is floating point.
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.is_floating_point() or mask.is_complex():
+        raise ShapeError(
+            explain(name, "be bool or integer, True = attend", mask.dtype, "is it additive?")
+        )
+    return mask != 0
+
+
+def _require_shape(mask: Tensor, name: str, batch: int, q_len: int, kv_len: int) -> None:
+    shape = tuple(mask.shape)
+    fits = (
+        mask.dim() == 4
+        and shape[0] in (1, batch)
+        and shape[1] == 1
+        and shape[2] in (1, q_len)
+        and shape[3] == kv_len
+    )
+    if not fits:
+        raise ShapeError(
+            explain(
+                name,
+                f"have shape {(batch, kv_len)} or {(batch, 1, q_len, kv_len)}",
+                shape,
+                "True = attend, keys last",
+            )
+        )

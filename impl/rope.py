@@ -1,0 +1,203 @@
+"""Rotary position embedding, in both pairings.
+
+* half: channel `i` turns with channel `i + rotary_dim / 2` (`apply_rotary_pos_emb`);
+* interleaved ("polar"): channel `2 i` turns with `2 i + 1` (`apply_rotary_polar_compatible`).
+
+Precision. Angles are float32 whatever the model's dtype (float64 for float64 inputs). The half
+form rounds cos and sin to the dtype of `x`, the interleaved form keeps them in float32. Both
+rotate in float32 and round the result to the model's dtype once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from impl.errors import ShapeError, explain
+from impl.precision import compute_dtype
+from impl.rope_frequencies import RotaryFrequencies
+
+
+class _RotaryBase(nn.Module):
+    """Angles of positions: shared by both pairings.
+
+    The frequencies are a float32 buffer that moves with the module but keeps its dtype: casting
+    a model to bfloat16 must not round them, an error that grows with the position.
+    """
+
+    inv_freq: Tensor
+
+    def __init__(self, frequencies: RotaryFrequencies) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        self.rotary_dim = frequencies.rotary_dim
+        self.attention_scaling = frequencies.attention_scaling
+        self.register_buffer("inv_freq", self._rounded(None), persistent=False)
+
+    def _rounded(self, device: torch.device | None) -> Tensor:
+        return torch.tensor(self.frequencies.inv_freq, dtype=torch.float32, device=device)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> _RotaryBase:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.inv_freq = self._rounded(self.inv_freq.device)  # Also after `to_empty`.
+        return self
+
+    def angles(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        """Angles in radians.
+
+        Args:
+            x: gives device and dtype.
+            position_ids: `(batch, seq_len)`, integer.
+
+        Returns:
+            `(batch, seq_len, rotary_dim / 2)`, float32, or float64 if `x` is.
+        """
+        if position_ids.dim() != 2:
+            raise ShapeError(
+                explain(
+                    "position_ids",
+                    "have shape (batch, seq_len)",
+                    tuple(position_ids.shape),
+                    "multimodal RoPE needs a rotary_emb of its own",
+                )
+            )
+        dtype = compute_dtype(x.dtype)
+        frequencies = self.inv_freq
+        if dtype == torch.float64:
+            frequencies = torch.tensor(self.frequencies.inv_freq, dtype=dtype, device=x.device)
+        return position_ids.to(dtype)[:, :, None] * frequencies
+
+
+class RotaryEmbedding(_RotaryBase):
+    """Cosines and sines for the half pairing.
+
+    Args:
+        dim: width of a head.
+        max_position_embeddings: longest position the model was made for; only yarn reads it.
+        base: rotary base where `rope_parameters` names none.
+        rope_parameters: as in a Hugging Face configuration; see `RotaryFrequencies`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        max_position_embeddings: int | None = None,
+        base: float = 10000.0,
+        *,
+        rope_parameters: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            RotaryFrequencies.from_parameters(
+                dim,
+                rope_parameters,
+                rope_theta=base,
+                max_position_embeddings=max_position_embeddings,
+            )
+        )
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute what `apply_rotary_pos_emb` takes.
+
+        Args:
+            x: any tensor of the model; gives dtype and device.
+            position_ids: `(batch, seq_len)`, integer.
+
+        Returns:
+            cos and sin, each `(batch, seq_len, rotary_dim)`, in the dtype of `x`.
+        """
+        half = self.angles(x, position_ids)
+        both = torch.cat((half, half), dim=-1)
+        cos, sin = both.cos() * self.attention_scaling, both.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+class PolarRotaryEmbedding(_RotaryBase):
+    """Cosines and sines for the interleaved pairing, one of each per pair, never rounded.
+
+    Args:
+        frequencies: what to rotate by.
+    """
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute what `apply_rotary_polar_compatible` takes.
+
+        Args:
+            x: any tensor of the model; gives device and dtype.
+            position_ids: `(batch, seq_len)`, integer.
+
+        Returns:
+            cos and sin, each `(batch, seq_len, rotary_dim / 2)`, float32, or float64 if `x` is.
+        """
+        angles = self.angles(x, position_ids)
+        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+
+
+def apply_rotary_pos_emb(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Rotate q and k in the half pairing.
+
+    Args:
+        q: `(batch, num_attention_heads, seq_len, head_dim)`, BHSD.
+        k: `(batch, num_key_value_heads, seq_len, head_dim)`, BHSD.
+        cos: `(batch, seq_len, rotary_dim)`; channels from `rotary_dim` on do not turn.
+        sin: like `cos`.
+        unsqueeze_dim: axis of the heads, 1 for BHSD.
+
+    Returns:
+        The rotated q and k, in the dtypes they came in.
+    """
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return _rotate_half(q, cos, sin), _rotate_half(k, cos, sin)
+
+
+def _rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    dtype = compute_dtype(x.dtype)
+    rotary_dim = cos.shape[-1]
+    turning = x[..., :rotary_dim].to(dtype)
+    first, second = turning.chunk(2, dim=-1)
+    turned = turning * cos.to(dtype) + torch.cat((-second, first), dim=-1) * sin.to(dtype)
+    return _with_rest(turned.to(x.dtype), x, rotary_dim)
+
+
+def apply_rotary_polar_compatible(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Rotate q and k in the interleaved pairing.
+
+    Args:
+        q: `(batch, num_attention_heads, seq_len, head_dim)`, BHSD.
+        k: `(batch, num_key_value_heads, seq_len, head_dim)`, BHSD.
+        cos: `(batch, seq_len, rotary_dim / 2)`, float32 or float64.
+        sin: like `cos`.
+        unsqueeze_dim: axis of the heads, 1 for BHSD.
+
+    Returns:
+        The rotated q and k, in the dtypes they came in.
+
+    Raises:
+        ShapeError: cos or sin is of lower precision than float32.
+    """
+    for name, value in (("cos", cos), ("sin", sin)):
+        if value.dtype not in (torch.float32, torch.float64):
+            raise ShapeError(explain(name, "be float32 for the interleaved form", value.dtype))
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return _rotate_pairs(q, cos, sin), _rotate_pairs(k, cos, sin)
+
+
+def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    rotary_dim = 2 * cos.shape[-1]
+    pairs = x[..., :rotary_dim].to(cos.dtype).reshape(*x.shape[:-1], rotary_dim // 2, 2)
+    even, odd = pairs.unbind(dim=-1)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    return _with_rest(turned.to(x.dtype), x, rotary_dim)
+
+
+def _with_rest(turned: Tensor, x: Tensor, rotary_dim: int) -> Tensor:
+    """Append the channels of `x` that do not turn."""
+    if rotary_dim == x.shape[-1]:
+        return turned
+    return torch.cat((turned, x[..., rotary_dim:]), dim=-1)

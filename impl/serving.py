@@ -1,0 +1,118 @@
+"""What this version serves: one rank, dense contiguous caches, whole prompts.
+
+Everything else that is a legal request is refused here with one sentence, at construction if the
+configuration asks for it and at the call if an argument does. Nothing is approximated.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from impl.errors import AttentionError, UnsupportedError, explain
+from impl.neuron_config import NeuronConfig
+
+_SINGLE_RANK = "this version runs on one rank"
+
+# Field of NeuronConfig, the values served, and what to do about any other.
+_SERVED_VALUES: tuple[tuple[str, tuple[object, ...], str], ...] = (
+    ("tp_degree", (1,), _SINGLE_RANK),
+    ("cp_degree", (1,), _SINGLE_RANK),
+    ("attention_dp_degree", (1,), _SINGLE_RANK),
+    ("sequence_parallel_enabled", (False,), _SINGLE_RANK),
+    ("flash_decoding_enabled", (False,), "use the contiguous cache"),
+    ("is_prefix_caching", (False,), "prefill the whole prompt"),
+    ("is_chunked_prefill", (False,), "prefill the whole prompt"),
+    ("is_block_kv_layout", (False,), "use the contiguous cache"),
+    ("windowed_context_encoding_size", (None,), "prefill the whole prompt at once"),
+    ("enable_fused_speculation", (False,), "pass drafted tokens with active_mask instead"),
+    ("lora_config", (None,), "merge the adapter into the weights"),
+)
+
+_SERVED_CACHE_VALUES: tuple[tuple[str, tuple[object, ...], str], ...] = (
+    *_SERVED_VALUES,
+    ("is_continuous_batching", (False,), "batch row b owns cache line b"),
+    ("kv_cache_quant", (False,), "the cache has the model's dtype"),
+    ("kv_cache_tiling", (False,), "the cache is stored flat"),
+    ("padding_side", ("right",), "slots are positions"),
+)
+
+# Keyword arguments of the cache manager that pass through `forward`.
+CACHE_KEYWORDS = frozenset(
+    {
+        "idx",
+        "seq_len",
+        "seq_ids",
+        "kvcache_buffer",
+        "scatter_index",
+        "is_for_context_encoding",
+        "active_block_table",
+    }
+)
+FORWARD_KEYWORDS = CACHE_KEYWORDS | {"use_polar_compatible_rope"}
+
+
+def _refuse(argument: str, rule: str, got: object, hint: str) -> None:
+    raise UnsupportedError(explain(argument, rule, got, hint))
+
+
+def check_layer_config(neuron_config: NeuronConfig) -> None:
+    """Refuse a layer this version cannot run.
+
+    Raises:
+        UnsupportedError: a field has a value that is not served.
+    """
+    for name, served, hint in _SERVED_VALUES:
+        value = getattr(neuron_config, name)
+        if value not in served:
+            _refuse(name, f"be {served[0]!r} in this version", value, hint)
+
+
+def check_cache_config(neuron_config: NeuronConfig) -> None:
+    """Refuse a cache this version cannot keep.
+
+    Raises:
+        UnsupportedError: a field has a value that is not served.
+    """
+    for name, served, hint in _SERVED_CACHE_VALUES:
+        value = getattr(neuron_config, name)
+        if value not in served:
+            _refuse(name, f"be {served[0]!r} in this version", value, hint)
+
+
+def check_group(group: Any, num_cores_per_group: int, sequence_parallel: bool | None) -> None:
+    """Refuse a process group with more than this rank, shared KV heads, and split sequences.
+
+    Raises:
+        UnsupportedError: any of them.
+    """
+    if sequence_parallel:
+        _refuse("sequence_parallel_enabled", "be False in this version", True, _SINGLE_RANK)
+    if group is not None and group.size() > 1:
+        _refuse("tensor_model_parallel_group", "have one rank", group.size(), _SINGLE_RANK)
+    if num_cores_per_group != 1:
+        _refuse("num_cores_per_group", "be 1", num_cores_per_group, "use the contiguous cache")
+
+
+def check_call(adapter_ids: object, window_idx: int, keywords: dict[str, Any]) -> None:
+    """Refuse arguments of `forward` that this version does not serve or does not know.
+
+    Raises:
+        UnsupportedError: LoRA adapters, a prefill window, or a paged cache.
+        AttentionError: a keyword nobody reads.
+    """
+    if adapter_ids is not None:
+        _refuse("adapter_ids", "be None", "adapter ids", "merge the adapter into the weights")
+    if window_idx >= 0:
+        _refuse(
+            "windowed_context_encoding_window_idx",
+            "be negative",
+            window_idx,
+            "prefill the whole prompt at once",
+        )
+    unknown = sorted(set(keywords) - FORWARD_KEYWORDS)
+    if unknown:
+        raise AttentionError(
+            explain("keyword arguments", f"be among {sorted(FORWARD_KEYWORDS)}", unknown)
+        )
+    if keywords.get("active_block_table") is not None:
+        _refuse("active_block_table", "be None", "a block table", "use the contiguous cache")

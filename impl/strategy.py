@@ -1,0 +1,174 @@
+"""Which prefill kernel, and why.
+
+`get_flash_attention_strategy` is the documented decision of NxD Inference; `resolve_kernel` adds
+what runs here: the native torch form for every strategy, unless a kernel is really there.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from impl.errors import ConfigError, explain
+from impl.neuron_config import NeuronConfig
+
+logger = logging.getLogger("impl.strategy")
+
+MAX_KERNEL_HEAD_DIM = 128
+
+# Fields of NeuronConfig that ask for a kernel, whatever the shapes.
+KERNEL_FIELDS = (
+    "attn_kernel_enabled",
+    "attn_tkg_nki_kernel_enabled",
+    "attn_block_tkg_nki_kernel_enabled",
+    "qkv_kernel_enabled",
+    "qkv_nki_kernel_enabled",
+)
+
+
+class FlashAttentionStrategy(Enum):
+    """Prefill kernels of NxD Inference."""
+
+    NONE = 0
+    UNSHARDED_KERNEL = 1
+    SHARDED_KERNEL = 2
+    CONTEXT_PARALLEL_KERNEL = 3
+    STRIDED_CONTEXT_PARALLEL_KERNEL = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelChoice:
+    """What was asked for and what runs.
+
+    Attributes:
+        strategy: the kernel that the configuration and the shapes select.
+        implementation: what computes the result: "native", the torch form of the same function.
+        reason: why, in words.
+    """
+
+    strategy: FlashAttentionStrategy
+    implementation: str
+    reason: str
+
+
+def get_flash_attention_strategy(
+    *,
+    q_len: int,
+    has_attention_mask: bool,
+    head_dim: int,
+    cp_degree: int = 1,
+    logical_nc_config: int = 1,
+    attn_kernel_enabled: bool | None = None,
+    strided_context_parallel_kernel_enabled: bool = False,
+    sliding_window: int | None = None,
+) -> FlashAttentionStrategy:
+    """Select the prefill kernel.
+
+    Args:
+        q_len: queries on this rank.
+        has_attention_mask: whether the step is masked; prefill over cached prefixes is not.
+        head_dim: width of a head.
+        cp_degree: context-parallel groups.
+        logical_nc_config: physical cores per logical core (LNC).
+        attn_kernel_enabled: False never uses a kernel, True uses one wherever it is legal, None
+            where it also pays.
+        strided_context_parallel_kernel_enabled: the strided kernel was asked for.
+        sliding_window: window of the layer, None if it has none.
+
+    Returns:
+        The strategy:
+
+        | cp | LNC | condition | strategy |
+        | --- | --- | --- | --- |
+        | any | any | `attn_kernel_enabled` is False | NONE |
+        | > 1 | 2 | strided, q_len > head_dim, no window | STRIDED_CONTEXT_PARALLEL_KERNEL |
+        | > 1 | 2 | not strided, q_len > head_dim | CONTEXT_PARALLEL_KERNEL |
+        | > 1 | any | not strided, otherwise | NONE |
+        | 1 | 2 | no mask | SHARDED_KERNEL |
+        | 1 | 2 | q_len >= 1024 and q_len % 512 == 0 | SHARDED_KERNEL |
+        | 1 | 2 | q_len < 1024 and q_len % 256 == 0 | SHARDED_KERNEL |
+        | 1 | 2 | otherwise | NONE, with a warning |
+        | 1 | 1 | q_len >= 4096, or enabled is True and q_len >= 512 | UNSHARDED_KERNEL |
+        | 1 | 1 | otherwise | NONE |
+
+    Raises:
+        ConfigError: the strided kernel was asked for where it cannot run.
+    """
+    if attn_kernel_enabled is False:
+        return FlashAttentionStrategy.NONE
+    if cp_degree > 1:
+        return _with_context_parallelism(
+            q_len,
+            head_dim,
+            logical_nc_config,
+            strided_context_parallel_kernel_enabled,
+            sliding_window,
+        )
+    if logical_nc_config >= 2:
+        multiple = 512 if q_len >= 1024 else 256
+        if not has_attention_mask or q_len % multiple == 0:
+            return FlashAttentionStrategy.SHARDED_KERNEL
+        if not torch.compiler.is_compiling():
+            logger.warning("no flash kernel: q_len %d is no multiple of %d", q_len, multiple)
+        return FlashAttentionStrategy.NONE
+    if q_len >= 4096 or (attn_kernel_enabled is True and q_len >= 512):
+        return FlashAttentionStrategy.UNSHARDED_KERNEL
+    return FlashAttentionStrategy.NONE
+
+
+def _with_context_parallelism(
+    q_len: int,
+    head_dim: int,
+    logical_nc_config: int,
+    strided: bool,
+    sliding_window: int | None,
+) -> FlashAttentionStrategy:
+    legal = logical_nc_config >= 2 and q_len > head_dim
+    if not strided:
+        if legal:
+            return FlashAttentionStrategy.CONTEXT_PARALLEL_KERNEL
+        return FlashAttentionStrategy.NONE
+    if not legal or sliding_window is not None:
+        raise ConfigError(
+            explain(
+                "strided_context_parallel_kernel_enabled",
+                "be False unless logical_nc_config is 2, q_len exceeds head_dim and there is no "
+                "sliding_window",
+                f"logical_nc_config {logical_nc_config}, q_len {q_len}, head_dim {head_dim}, "
+                f"sliding_window {sliding_window}",
+            )
+        )
+    return FlashAttentionStrategy.STRIDED_CONTEXT_PARALLEL_KERNEL
+
+
+def warn_of_unbound_kernels(run: NeuronConfig) -> None:
+    """Log which kernels were asked for and are replaced by the native torch form.
+
+    Args:
+        run: how the layer is run.
+    """
+    asked = [name for name in KERNEL_FIELDS if getattr(run, name)]
+    if asked:
+        logger.warning("no NKI kernel is bound: the native torch form runs for %s", asked)
+
+
+def resolve_kernel(strategy: FlashAttentionStrategy, head_dim: int) -> KernelChoice:
+    """Say what computes a step for which `strategy` was selected.
+
+    Args:
+        strategy: from `get_flash_attention_strategy`.
+        head_dim: width of a head.
+
+    Returns:
+        The choice; its implementation is always "native" in this version.
+    """
+    if strategy is FlashAttentionStrategy.NONE:
+        reason = "no kernel was selected"
+    elif head_dim > MAX_KERNEL_HEAD_DIM:
+        reason = f"{strategy.name} serves head_dim up to {MAX_KERNEL_HEAD_DIM}, got {head_dim}"
+    else:
+        reason = f"{strategy.name} is not bound to an NKI kernel in this version"
+    return KernelChoice(strategy=strategy, implementation="native", reason=reason)

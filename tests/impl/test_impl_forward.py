@@ -1,0 +1,420 @@
+"""The module's interface: routing, arguments, caches, and what it refuses."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from impl_layers import (
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    ROUNDOFF,
+    WIDTH,
+    layer,
+    model,
+    positions,
+    relative_error,
+    tokens,
+)
+
+from impl import (
+    AttentionError,
+    ConfigError,
+    KVCacheManager,
+    NeuronAttentionBase,
+    QKNormPlacement,
+    QKNormScope,
+    RMSNorm,
+    RotaryEmbedding,
+    ShapeError,
+    UnsupportedError,
+)
+
+ROUTES = (
+    "chunked_attention_forward",
+    "chunked_attention_with_context_parallel_forward",
+    "windowed_attention_forward",
+    "standard_causal_attention_forward",
+)
+
+
+def rotary() -> RotaryEmbedding:
+    return RotaryEmbedding(WIDTH)
+
+
+def past(slots: int = 8, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.zeros(2, KV_HEADS, slots, WIDTH, dtype=dtype).normal_() for _ in range(2))
+
+
+@pytest.mark.parametrize(
+    ("features", "cp_degree", "route"),
+    [
+        ({"attention_chunk_size": 4}, 1, ROUTES[0]),
+        ({"attention_chunk_size": 4}, 2, ROUTES[1]),
+        ({"sliding_window": 4}, 1, ROUTES[2]),
+        ({}, 1, ROUTES[3]),
+        ({"attention_chunk_size": 32}, 1, ROUTES[3]),
+    ],
+)
+def test_forward_routes_by_chunk_then_window(
+    features: dict[str, Any], cp_degree: int, route: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = layer(**features)
+    made.cp_degree = cp_degree
+    taken = []
+    for name in ROUTES:
+        monkeypatch.setattr(made, name, lambda name=name, **_: taken.append(name))
+    made(tokens(3))
+    assert taken == [route]
+
+
+def test_forward_takes_the_documented_arguments_in_order() -> None:
+    names = list(inspect.signature(NeuronAttentionBase.forward).parameters)
+    assert names == [
+        "self",
+        "hidden_states",
+        "attention_mask",
+        "position_ids",
+        "past_key_value",
+        "active_mask",
+        "adapter_ids",
+        "cos_cache",
+        "sin_cache",
+        "rmsnorm",
+        "rotary_position_ids",
+        "kv_mgr",
+        "get_kv_per_layer",
+        "update_kv_per_layer",
+        "residual",
+        "windowed_context_encoding_window_idx",
+        "kwargs",
+    ]
+
+
+def test_the_quick_reference_example_works() -> None:
+    made = NeuronAttentionBase(model(), HIDDEN, HEADS, KV_HEADS, learned_sinks_size=1)
+    output = made(tokens(4), None, positions(4))
+    attn_out, kv, cos_cache, sin_cache = output
+    assert attn_out is output[0] is output.hidden_states
+    assert kv is output[1] is output.present_key_value
+    assert attn_out.shape == (2, 4, HIDDEN)
+    assert kv[0].shape == kv[1].shape == (2, KV_HEADS, 4, WIDTH)
+    assert cos_cache is None
+    assert sin_cache is None
+
+
+def test_head_dim_defaults_to_the_hidden_size_shared_by_heads() -> None:
+    assert NeuronAttentionBase(model(), HIDDEN, HEADS, KV_HEADS).head_dim == HIDDEN // HEADS
+
+
+def test_residual_is_returned_unchanged() -> None:
+    residual = tokens(4, seed=3)
+    output = layer()(tokens(4), residual=residual)
+    assert output.residual is residual
+    assert torch.equal(output.hidden_states, layer()(tokens(4)).hidden_states)
+
+
+def test_a_residual_that_a_kernel_would_add_is_refused() -> None:
+    made = layer(run={"qkv_kernel_enabled": True})
+    with pytest.raises(UnsupportedError, match="residual must be None"):
+        made(tokens(4), residual=tokens(4))
+
+
+def test_a_given_norm_is_applied_before_the_projection() -> None:
+    norm = RMSNorm(HIDDEN, dtype=torch.float64)
+    norm.weight.copy_(tokens(1)[0, 0])
+    made = layer(rotary_emb=rotary())
+    got = made(tokens(4), rmsnorm=norm).hidden_states
+    assert torch.equal(got, made(norm(tokens(4))).hidden_states)
+
+
+@pytest.mark.parametrize("polar", [False, True])
+def test_rotary_caches_are_returned_and_reused(polar: bool) -> None:
+    made = layer(rotary_emb=rotary(), rope_theta=5e5)
+    call = {"use_polar_compatible_rope": polar, "position_ids": positions(4, 3)}
+    first = made(tokens(4), **call)
+    width = WIDTH // 2 if polar else WIDTH
+    assert first.cos_cache.shape == first.sin_cache.shape == (2, 4, width)
+    again = made(tokens(4), cos_cache=first.cos_cache, sin_cache=first.sin_cache, **call)
+    assert again.cos_cache is first.cos_cache
+    assert torch.equal(again.hidden_states, first.hidden_states)
+    ones = torch.ones_like(first.cos_cache)
+    still = made(tokens(4), cos_cache=ones, sin_cache=0 * ones, **call)
+    assert torch.equal(still.hidden_states, layer()(tokens(4)).hidden_states)
+
+
+def test_a_layer_without_rope_passes_the_caches_on() -> None:
+    cos = torch.ones(2, 4, WIDTH, dtype=torch.float64)
+    output = layer()(tokens(4), cos_cache=cos, sin_cache=cos)
+    assert output.cos_cache is output.sin_cache is cos
+
+
+def test_rotary_positions_replace_positions_for_rope_only() -> None:
+    made = layer(rotary_emb=rotary(), sliding_window=3)
+    spread, at = 5 * positions(5), positions(5)
+    got = made(tokens(5), position_ids=at, rotary_position_ids=spread)
+    unlimited = layer(rotary_emb=rotary())
+    mask = made.options.sliding_window
+    allowed = (at[:, :, None] >= at[:, None]) & (at[:, :, None] - at[:, None] < mask)
+    expected = unlimited(tokens(5), allowed[:, None], spread)
+    assert torch.equal(got.hidden_states, expected.hidden_states)
+
+
+def test_polar_wins_over_the_rotary_embedding() -> None:
+    both = layer(rotary_emb=rotary(), rope_theta=5e5)
+    polar = layer(rope_theta=5e5)
+    got = [m(tokens(4), use_polar_compatible_rope=True).hidden_states for m in (both, polar)]
+    assert torch.equal(*got)
+    assert not torch.equal(got[0], both(tokens(4)).hidden_states)
+
+
+def test_polar_rope_takes_its_scaling_from_the_configuration() -> None:
+    parameters = {
+        "rope_type": "llama3",
+        "rope_theta": 1e4,
+        "factor": 16.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 1.5,
+        "original_max_position_embeddings": 64,
+    }
+    made = layer(config=model(rope_parameters=parameters), rope_theta=5e5, use_scaled_rope=True)
+    expected = RotaryEmbedding(WIDTH, rope_parameters={**parameters, "rope_theta": 5e5})
+    assert torch.equal(made.polar_rotary_emb.inv_freq, expected.inv_freq)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("features", [{}, {"sliding_window": 3}, {"attention_chunk_size": 4}])
+def test_every_path_casts_the_input_and_returns_its_dtype(
+    dtype: torch.dtype, features: dict[str, Any]
+) -> None:
+    made = layer(dtype, rotary_emb=rotary(), **features)
+    output = made(tokens(5))
+    assert output.hidden_states.dtype is torch.float64
+    assert output.present_key_value[0].dtype is output.cos_cache.dtype is dtype
+
+
+def test_attention_dtype_overrides_the_models() -> None:
+    made = layer(torch.bfloat16, run={"attention_dtype": torch.float32})
+    assert {p.dtype for p in made.parameters()} == {torch.float32}
+    assert made(tokens(3, dtype=torch.bfloat16)).hidden_states.dtype is torch.bfloat16
+
+
+def test_sinks_start_at_zero_and_do_not_train() -> None:
+    made = NeuronAttentionBase(model(), HIDDEN, HEADS, KV_HEADS, learned_sinks_size=1)
+    assert torch.equal(made.learned_sinks.get_sink(), torch.zeros(HEADS, dtype=torch.float64))
+    assert not made.learned_sinks.sink.requires_grad
+    assert made.tkg_learned_sinks is None
+
+
+@pytest.mark.parametrize(
+    ("cp", "dp", "prefill", "own"),
+    [
+        (2, 1, True, False),
+        (2, 1, False, True),
+        (2, 1, None, False),
+        (1, 1, False, False),
+        (2, 2, False, False),
+    ],
+)
+def test_decode_has_its_own_sinks_only_where_the_phases_shard_unlike(
+    cp: int, dp: int, prefill: bool | None, own: bool
+) -> None:
+    made = layer(learned_sinks_size=1)
+    made.tkg_learned_sinks = layer(learned_sinks_size=1).learned_sinks
+    made.cp_degree, made.dp_degree = cp, dp
+    expected = made.tkg_learned_sinks if own else made.learned_sinks
+    assert made.get_learned_sinks(prefill) is expected.sink
+    assert layer().get_learned_sinks(prefill) is None
+
+
+@pytest.mark.parametrize(
+    ("run", "features", "error", "words"),
+    [
+        ({}, {"learned_sinks_size": 2}, ConfigError, "learned_sinks_size must be 1 or None, got 2"),
+        (
+            {},
+            {"learned_sinks_size": 1, "attention_chunk_size": 4},
+            ConfigError,
+            "learned sinks are not supported for chunked attention",
+        ),
+        ({}, {"q_layernorm": RMSNorm(WIDTH)}, ConfigError, "got q_layernorm alone"),
+        ({}, {"k_layernorm": RMSNorm(WIDTH)}, ConfigError, "got k_layernorm alone"),
+        ({}, {"sliding_window": 4, "attention_chunk_size": 4}, ConfigError, "windowed or chunked"),
+        ({}, {"sliding_window": 0}, ConfigError, "sliding_window must be positive"),
+        ({}, {"softmax_scale": -1.0}, ConfigError, "softmax_scale"),
+        ({}, {"attn_logit_softcapping": 0.0}, ConfigError, "attn_logit_softcapping"),
+        ({}, {"clip_qkv": -1.0}, ConfigError, "clip_qkv"),
+        ({}, {"use_qk_norm": True}, ConfigError, "rms_norm_eps"),
+        ({}, {"use_scaled_rope": True, "rope_theta": 1e4}, ConfigError, "use_scaled_rope"),
+        (
+            {},
+            {"attn_temperature_tuning": True, "rotary_emb": rotary()},
+            ConfigError,
+            "layers without RoPE",
+        ),
+        (
+            {},
+            {
+                "qk_layernorm_scope": QKNormScope.PROJECTION,
+                "qk_layernorm_placement": QKNormPlacement.POST_ROPE,
+            },
+            ConfigError,
+            "qk_layernorm_placement",
+        ),
+        (
+            {"qkv_cte_nki_kernel_fuse_rope": True},
+            {"use_qk_norm": True, "rms_norm_eps": 1e-6},
+            ConfigError,
+            "qkv_cte_nki_kernel_fuse_rope",
+        ),
+        ({"padding_side": "left"}, {"attention_chunk_size": 4}, ConfigError, "padding_side"),
+        ({"tp_degree": 2}, {}, UnsupportedError, "tp_degree must be 1 in this version, got 2"),
+        ({"sequence_parallel_enabled": True}, {}, UnsupportedError, "sequence_parallel_enabled"),
+        ({"flash_decoding_enabled": True}, {}, UnsupportedError, "flash_decoding_enabled"),
+        ({"is_prefix_caching": True}, {}, UnsupportedError, "is_prefix_caching"),
+        ({"is_chunked_prefill": True}, {}, UnsupportedError, "is_chunked_prefill"),
+        ({"is_block_kv_layout": True}, {}, UnsupportedError, "is_block_kv_layout"),
+        ({"windowed_context_encoding_size": 4}, {}, UnsupportedError, "windowed_context_encoding"),
+        ({"enable_fused_speculation": True}, {}, UnsupportedError, "enable_fused_speculation"),
+        ({"lora_config": {"rank": 4}}, {}, UnsupportedError, "lora_config"),
+        ({}, {"num_cores_per_group": 2}, UnsupportedError, "num_cores_per_group"),
+        ({}, {"sequence_parallel_enabled": True}, UnsupportedError, "sequence_parallel_enabled"),
+    ],
+)
+def test_construction_refuses(
+    run: dict[str, Any], features: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        layer(run=run, **features)
+
+
+@pytest.mark.parametrize(
+    ("features", "call", "error", "words"),
+    [
+        ({}, {"adapter_ids": torch.zeros(2)}, UnsupportedError, "adapter_ids must be None"),
+        (
+            {},
+            {"windowed_context_encoding_window_idx": 0},
+            UnsupportedError,
+            "windowed_context_encoding_window_idx",
+        ),
+        ({}, {"active_block_table": torch.zeros(2)}, UnsupportedError, "active_block_table"),
+        ({}, {"sinks": torch.zeros(2)}, AttentionError, r"got \['sinks'\]"),
+        ({}, {"hidden_states": torch.zeros(2, 3, 7)}, ShapeError, r"got \(2, 3, 7\)"),
+        ({}, {"position_ids": torch.zeros(2, 4, dtype=torch.int64)}, ShapeError, r"\(2, 3\)"),
+        ({}, {"position_ids": torch.zeros(2, 3)}, ShapeError, "position_ids must be integer"),
+        ({}, {"cos_cache": torch.zeros(2, 3, 8)}, ShapeError, "given together"),
+        (
+            {"rotary_emb": rotary()},
+            {"cos_cache": torch.zeros(2, 3, 4), "sin_cache": torch.zeros(2, 3, 4)},
+            ShapeError,
+            "another RoPE",
+        ),
+        ({}, {"use_polar_compatible_rope": True}, ConfigError, "rope_theta"),
+        (
+            {"rope_theta": 1e4, "attn_temperature_tuning": True},
+            {"use_polar_compatible_rope": True},
+            ConfigError,
+            "attn_temperature_tuning",
+        ),
+        ({}, {"past_key_value": past()}, ShapeError, "position_ids must be given in decode"),
+        (
+            {},
+            {"past_key_value": past(), "position_ids": positions(3, 4)},
+            ShapeError,
+            "active_mask must be given for a decode step of 3 tokens",
+        ),
+        (
+            {},
+            {"active_mask": torch.ones(2, 1, 3, 3, dtype=torch.bool)},
+            ShapeError,
+            "active_mask must be None in prefill",
+        ),
+        (
+            {"attention_chunk_size": 4},
+            {"past_key_value": past(), "position_ids": positions(3, 4)},
+            NotImplementedError,
+            "hold one token",
+        ),
+        (
+            {},
+            {
+                "past_key_value": tuple(t.transpose(1, 2) for t in past()),
+                "position_ids": positions(3, 4),
+                "active_mask": torch.ones(2, 1, 3, 3, dtype=torch.bool),
+            },
+            ShapeError,
+            "is it BHSD",
+        ),
+        (
+            {},
+            {
+                "past_key_value": past(dtype=torch.float32),
+                "position_ids": positions(3, 4),
+                "active_mask": torch.ones(2, 1, 3, 3, dtype=torch.bool),
+            },
+            ShapeError,
+            "must be torch.float64, got torch.float32",
+        ),
+        (
+            {},
+            {
+                "past_key_value": past(slots=0),
+                "position_ids": positions(3, 0),
+                "active_mask": torch.ones(2, 1, 3, 3, dtype=torch.bool),
+            },
+            ShapeError,
+            r"have shape \(2, 2, 1, 8\), got \(2, 2, 0, 8\)",
+        ),
+        ({}, {"get_kv_per_layer": True}, ShapeError, "kv_mgr and idx must be given"),
+        ({}, {"update_kv_per_layer": True}, ShapeError, "kv_mgr and idx must be given"),
+    ],
+)
+def test_forward_refuses(
+    features: dict[str, Any], call: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    made = layer(**features)
+    with pytest.raises(error, match=words):
+        made(**{"hidden_states": tokens(3), **call})
+
+
+def test_context_parallel_chunks_are_refused_not_approximated() -> None:
+    made = layer(attention_chunk_size=4)
+    made.cp_degree = 2
+    with pytest.raises(UnsupportedError, match="cp_degree must be 1"):
+        made(tokens(3))
+
+
+def test_every_error_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="got 2"):
+        layer(learned_sinks_size=2)
+    with pytest.raises(ValueError, match="one rank"):
+        layer(run={"tp_degree": 2})
+
+
+def test_layer_reads_and_writes_its_own_cache() -> None:
+    made, manager = layer(rotary_emb=rotary()), KVCacheManager(model())
+    hidden, at = tokens(6), positions(6)
+    whole = made(hidden, torch.ones(2, 6, dtype=torch.bool), at).hidden_states
+    first = made(
+        hidden[:, :4],
+        torch.ones(2, 4, dtype=torch.bool),
+        at[:, :4],
+        kv_mgr=manager,
+        update_kv_per_layer=True,
+        idx=0,
+    )
+    manager.store(0, first.present_key_value)
+    for t in (4, 5):
+        step = made(
+            hidden[:, t : t + 1],
+            position_ids=at[:, t : t + 1],
+            kv_mgr=manager,
+            get_kv_per_layer=True,
+            update_kv_per_layer=True,
+            idx=0,
+            seq_len=8,
+        )
+        manager.store(0, step.present_key_value)
+        assert relative_error(step.hidden_states, whole[:, t : t + 1]) <= ROUNDOFF

@@ -1,0 +1,119 @@
+import logging
+from typing import Any
+
+import pytest
+from impl_layers import layer
+
+from impl import ConfigError, get_flash_attention_strategy
+from impl import FlashAttentionStrategy as S
+from impl.strategy import resolve_kernel
+
+DIM = 128
+
+
+def select(q_len: int, **given: Any) -> S:
+    return get_flash_attention_strategy(
+        **{"q_len": q_len, "has_attention_mask": True, "head_dim": DIM, **given}
+    )
+
+
+@pytest.mark.parametrize(
+    ("lnc", "enabled", "q_len", "masked", "expected"),
+    [
+        (2, None, 1024, True, S.SHARDED_KERNEL),
+        (2, None, 1536, True, S.SHARDED_KERNEL),
+        (2, None, 1280, True, S.NONE),
+        (2, None, 1025, True, S.NONE),
+        (2, None, 768, True, S.SHARDED_KERNEL),
+        (2, None, 256, True, S.SHARDED_KERNEL),
+        (2, None, 255, True, S.NONE),
+        (2, None, 100, False, S.SHARDED_KERNEL),
+        (2, True, 100, True, S.NONE),
+        (1, None, 4095, True, S.NONE),
+        (1, None, 4096, True, S.UNSHARDED_KERNEL),
+        (1, True, 512, True, S.UNSHARDED_KERNEL),
+        (1, True, 511, True, S.NONE),
+        (1, None, 512, True, S.NONE),
+        (1, None, 512, False, S.NONE),
+    ],
+)
+def test_without_context_parallelism(
+    lnc: int, enabled: bool | None, q_len: int, masked: bool, expected: Any
+) -> None:
+    got = select(
+        q_len, logical_nc_config=lnc, attn_kernel_enabled=enabled, has_attention_mask=masked
+    )
+    assert got is expected
+
+
+@pytest.mark.parametrize(
+    ("lnc", "q_len", "strided", "window", "expected"),
+    [
+        (2, 512, False, None, S.CONTEXT_PARALLEL_KERNEL),
+        (2, 512, False, 64, S.CONTEXT_PARALLEL_KERNEL),
+        (2, DIM + 1, False, None, S.CONTEXT_PARALLEL_KERNEL),
+        (2, DIM, False, None, S.NONE),
+        (1, 512, False, None, S.NONE),
+        (2, 512, True, None, S.STRIDED_CONTEXT_PARALLEL_KERNEL),
+    ],
+)
+def test_with_context_parallelism(
+    lnc: int, q_len: int, strided: bool, window: int | None, expected: Any
+) -> None:
+    got = select(
+        q_len,
+        cp_degree=4,
+        logical_nc_config=lnc,
+        strided_context_parallel_kernel_enabled=strided,
+        sliding_window=window,
+    )
+    assert got is expected
+
+
+@pytest.mark.parametrize(("lnc", "q_len", "window"), [(1, 512, None), (2, DIM, None), (2, 512, 64)])
+def test_strided_kernel_is_refused_where_it_cannot_run(
+    lnc: int, q_len: int, window: int | None
+) -> None:
+    with pytest.raises(ConfigError, match="strided_context_parallel_kernel_enabled"):
+        select(
+            q_len,
+            cp_degree=4,
+            logical_nc_config=lnc,
+            strided_context_parallel_kernel_enabled=True,
+            sliding_window=window,
+        )
+
+
+@pytest.mark.parametrize("q_len", [256, 512, 4096])
+@pytest.mark.parametrize("lnc", [1, 2])
+@pytest.mark.parametrize("cp", [1, 4])
+def test_disabled_kernels_are_never_selected(q_len: int, lnc: int, cp: int) -> None:
+    got = select(q_len, cp_degree=cp, logical_nc_config=lnc, attn_kernel_enabled=False)
+    assert got is S.NONE
+
+
+def test_an_uneven_length_on_two_cores_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="impl.strategy"):
+        select(1025, logical_nc_config=2)
+    assert "no multiple of 512" in caplog.text
+
+
+def test_a_layer_says_which_kernel_it_wanted_and_what_runs() -> None:
+    made = layer(run={"logical_nc_config": 2})
+    choice = made.kernel_choice(1024)
+    assert (choice.strategy, choice.implementation) == (S.SHARDED_KERNEL, "native")
+    assert "not bound" in choice.reason
+    assert made.get_flash_attention_strategy(1024, True) is S.SHARDED_KERNEL
+
+
+def test_kernels_that_are_asked_for_and_not_bound_are_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    layer()
+    assert not caplog.records
+    layer(run={"attn_kernel_enabled": True, "qkv_kernel_enabled": True})
+    assert "['attn_kernel_enabled', 'qkv_kernel_enabled']" in caplog.text
+
+
+def test_a_wide_head_is_named_as_the_reason() -> None:
+    assert "head_dim up to 128, got 256" in resolve_kernel(S.UNSHARDED_KERNEL, 256).reason
