@@ -1,0 +1,1 @@
+"""Does a subject compute what golden defines, to the precision it claims?"""

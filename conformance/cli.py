@@ -1,0 +1,281 @@
+"""The `attn-conformance` command: a front on the pytest suites, and on the report.
+
+Exit codes: 0 the subject conforms, 1 it deviates, 2 the command was used wrongly.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from conformance.errors import UsageError
+from conformance.matrix import TIERS
+from conformance.precision import PROFILES
+from conformance.presets import PRESETS
+from conformance.selection import SUITES, select_cases
+from conformance.subjects import BUILT_IN, load_subject
+from reports.records import RecordError, Results, read_results
+
+_console = Console()
+_TIER = click.option("--tier", type=click.Choice(TIERS), default="smoke", show_default=True)
+_SUBJECT = click.option(
+    "--subject",
+    default="impl",
+    show_default=True,
+    metavar="NAME",
+    help=f"What to judge: {', '.join(BUILT_IN)} or module:callable.",
+)
+_PROFILE = click.option(
+    "--profile",
+    type=click.Choice(list(PROFILES)),
+    default=None,
+    help="Precision profile to judge under, instead of the one the subject claims.",
+)
+_SUITE = click.option(
+    "--suite",
+    "suites",
+    type=click.Choice(SUITES),
+    multiple=True,
+    help="Suite to take; repeatable. Default: all that fit the subject.",
+)
+_PRESET = click.option(
+    "--preset", "presets", multiple=True, metavar="NAME", help="Published model; repeatable."
+)
+_MODEL = click.option("--model", metavar="NAME", help="Real model with its weights: smollm2.")
+
+
+class _Failure(click.ClickException):
+    """One sentence on standard error, and exit code 2."""
+
+    exit_code = 2
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="attn-conformance")
+def main() -> None:
+    """Judge an attention implementation against the float64 golden model."""
+
+
+@main.command()
+@_SUBJECT
+@_PROFILE
+@_TIER
+@_SUITE
+@_PRESET
+@_MODEL
+@click.option("--case", "ids", multiple=True, metavar="ID", help="Just this case; repeatable.")
+@click.option(
+    "--results",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("results.jsonl"),
+    show_default=True,
+    help="Where the records go, one JSON line each.",
+)
+@click.option(
+    "--report",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("report.html"),
+    show_default=True,
+    help="Where the HTML report goes.",
+)
+@click.option(
+    "-j",
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=os.cpu_count() or 1,
+    show_default="all cores",
+    help="Processes to judge in.",
+)
+def run(
+    subject: str,
+    profile: str | None,
+    tier: str,
+    suites: tuple[str, ...],
+    presets: tuple[str, ...],
+    model: str | None,
+    ids: tuple[str, ...],
+    results: Path,
+    report: Path,
+    jobs: int,
+) -> None:
+    """Judge a subject and write results and report."""
+    from conformance.session import run_session, summary_table
+
+    try:
+        loaded = load_subject(subject, profile=profile)
+        cases = select_cases(
+            loaded, tier=tier, suites=suites, presets=presets, model=model, ids=ids
+        )
+    except UsageError as error:
+        raise _Failure(str(error)) from error
+    for path in (results, report):
+        if not path.absolute().parent.is_dir():
+            raise _Failure(f"{path} cannot be written: {path.absolute().parent} is no directory")
+    options = ["--subject", subject, "--tier", tier]
+    options += ["--profile", profile] if profile else []
+    options += ["--model", model] if model else []
+    for name, values in (("--suite", suites), ("--preset", presets), ("--case", ids)):
+        for value in values:
+            options += [name, value]
+    options += ["--results", str(results), "--report", str(report)]
+    os.environ["ATTN_CONFORMANCE_COMMAND"] = shlex.join(["attn-conformance", *sys.argv[1:]])
+    if not run_session(options, total=len(cases), jobs=min(jobs, len(cases)), console=_console):
+        raise _Failure("the session ended before every case was judged; its output is above")
+    found = read_results(results)
+    _console.print(summary_table(found))
+    _print_failures(found)
+    _console.print(f"results: {results}\nreport:  {report}", highlight=False)
+    if all(case.verdict == "UNSUPPORTED" for case in found.cases):
+        raise _Failure(f"{subject} claims none of these cases, so nothing was judged")
+    sys.exit(1 if any(case.failed for case in found.cases) else 0)
+
+
+def _print_failures(results: Results, limit: int = 10) -> None:
+    failed = sorted((c for c in results.cases if c.failed), key=lambda c: -c.worst_ratio)
+    for case in failed[:limit]:
+        _console.print(f"\n[bold red]{case.verdict}[/] {case.case_id}", highlight=False)
+        _console.print(case.reason, markup=False, highlight=False, soft_wrap=True)
+        # a command that a reader may copy must not be broken into lines
+        _console.print(case.reproduce, markup=False, highlight=False, style="dim", soft_wrap=True)
+    if len(failed) > limit:
+        _console.print(f"\nand {len(failed) - limit} more, all in the report")
+
+
+@main.command("list")
+@click.argument("what", type=click.Choice(["cases", "presets", "subjects", "profiles"]))
+@_SUBJECT
+@_TIER
+@_SUITE
+@_PRESET
+@_MODEL
+def list_(
+    what: str,
+    subject: str,
+    tier: str,
+    suites: tuple[str, ...],
+    presets: tuple[str, ...],
+    model: str | None,
+) -> None:
+    """List cases, presets, subjects or profiles."""
+    if what == "cases":
+        try:
+            loaded = load_subject(subject)
+            cases = select_cases(loaded, tier=tier, suites=suites, presets=presets, model=model)
+        except UsageError as error:
+            raise _Failure(str(error)) from error
+        for case in cases:
+            click.echo(case.id)
+        return
+    table = Table(box=None)
+    if what == "presets":
+        table.add_column("preset", no_wrap=True)  # a name that is cut short cannot be typed again
+        for column in ("model", "layers", "heads", "KV heads", "head_dim", "kinds"):
+            table.add_column(column)
+        for preset in PRESETS.values():
+            first = next(iter(preset.layers.values()))
+            numbers = (
+                preset.num_hidden_layers,
+                first.num_attention_heads,
+                first.num_key_value_heads,
+                first.head_dim,
+            )
+            kinds = ", ".join(preset.layers)
+            table.add_row(preset.name, preset.title, *map(str, numbers), kinds)
+    elif what == "subjects":
+        table.add_column("subject")
+        table.add_column("callable")
+        for name, path in BUILT_IN.items():
+            table.add_row(name, path)
+    else:
+        table.add_column("profile")
+        table.add_column("rounds like this")
+        for name, build in PROFILES.items():
+            table.add_row(name, build("bfloat16").reason)
+    _console.print(table)
+
+
+@main.command()
+@click.argument("results", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("report.html"),
+    show_default=True,
+)
+def report(results: Path, output: Path) -> None:
+    """Make the HTML report of a results file."""
+    from reports.html import write_report
+
+    try:
+        write_report(read_results(results), output)
+    except (RecordError, OSError) as error:
+        raise _Failure(str(error)) from error
+    click.echo(f"report: {output}")
+
+
+@main.command()
+@click.option("--case", "text", required=True, metavar="ID", help="Case to write.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("case.safetensors"),
+    show_default=True,
+)
+def export(text: str, output: Path) -> None:
+    """Write a case's inputs, for a subject that runs elsewhere."""
+    from conformance.case_ids import parse
+    from conformance.exchange import export_case
+
+    try:
+        export_case(parse(text), output)
+    except UsageError as error:
+        raise _Failure(str(error)) from error
+    click.echo(f"inputs: {output}")
+
+
+@main.command()
+@click.argument("outputs", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--case", "text", metavar="ID", help="Case they belong to, if the file does not say.")
+@click.option("--profile", type=click.Choice(list(PROFILES)), default="eager", show_default=True)
+def verify(outputs: Path, text: str | None, profile: str) -> None:
+    """Judge outputs that a subject wrote to a file elsewhere."""
+    from conformance.exchange import subject_from_file
+    from conformance.runner import judge_case
+
+    try:
+        case, subject = subject_from_file(outputs, case=text, profile=profile)
+        record = judge_case(case, subject)
+    except UsageError as error:
+        raise _Failure(str(error)) from error
+    click.echo(f"{record.verdict} {record.case_id}")
+    if record.reason:
+        click.echo(record.reason)
+    for figure in record.statistics:
+        click.echo(f"  {figure.output}: {figure.name} {figure.value:.4g}, limit {figure.limit:.4g}")
+    sys.exit(1 if record.failed else 0)
+
+
+@main.command()
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Markdown page whose table to renew, such as docs/certification.md.",
+)
+def certify(output: Path | None) -> None:
+    """Measure golden's own error against 50-digit arithmetic."""
+    try:
+        from conformance.certify import run as certify_golden
+    except ModuleNotFoundError as error:
+        raise _Failure("certify needs mpmath: pip install 'attn-conformance[certify]'") from error
+
+    certificates = certify_golden(output, _console)
+    sys.exit(0 if all(certificate.holds for certificate in certificates) else 1)

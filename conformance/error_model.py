@@ -1,0 +1,210 @@
+"""Predicts, from a precision profile and the inputs, how large a correct subject's error is.
+
+The golden is run again with every stage that the profile stores rounded at random (Monte Carlo
+arithmetic). Stochastic rounding keeps values of the format exact; over the place of a value between
+its neighbours its mean squared error is nearly twice that of rounding to nearest, so all injected
+noise is given that much more variance and every error is divided by `_EXCESS`. One more run rounds
+to nearest: a correct subject in its own right, which covers inputs whose values fall on ties.
+
+Source: Parker (1997), UCLA CSD-970002; Sohier et al. (2021), arXiv 1807.09655, for Monte Carlo
+arithmetic; Higham and Mary (2019), SIAM J. Sci. Comput. 41(5) A2815, for rounding errors of sums
+as a random walk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from conformance.precision import PrecisionProfile
+from golden import FORMATS, Accumulation, Array
+
+Outputs: TypeAlias = Mapping[str, Array]
+Evaluate: TypeAlias = Callable[..., Outputs]
+RowMask: TypeAlias = NDArray[np.bool_]
+
+FEW_RUNS = 8
+"""Monte Carlo runs behind a verdict that finds nothing."""
+MANY_RUNS = 32
+"""Runs behind any verdict that finds something, and behind small outputs in any case."""
+SMALL = 1 << 12
+"""Outputs of fewer elements are small."""
+
+_SHARE = 4.0
+"""How far leaving a run out may lower a variance: where it alone erred, the rest is silent."""
+_MARGIN = 1 / 16
+"""Share of a gap on either side of a value of the format from which nothing is rounded away.
+
+Plain stochastic rounding sends a value that lies 1e-5 gaps from a neighbour to the other one once
+in 1e5 draws: an error that rounding to nearest never makes, and that alone would set a limit.
+"""
+_EXCESS = math.sqrt(1.0 + (1.0 - 2.0 * _MARGIN) ** 2)
+"""Standard deviation of what the runs inject over that of rounding to nearest."""
+
+_GOLDEN_ROUNDOFF = 2.0**-46
+"""Golden's own error per row, as a share of the row's largest value: 2**-53 times 128 roundings."""
+
+
+@dataclass(slots=True)
+class Dither:
+    """Observer that rounds each stored stage at random, at `_EXCESS` times nearest's error.
+
+    Attributes:
+        profile: where to round, and to what.
+        rng: source of the randomness.
+    """
+
+    profile: PrecisionProfile
+    rng: np.random.Generator
+
+    def __call__(
+        self, stage: str, value: Array, accumulation: Accumulation | None = None, /
+    ) -> Array:
+        """Return the value with one random draw of the stage's errors."""
+        stored = self.profile.stores.get(stage)
+        if stored is None:
+            return value
+        if accumulation is not None and stored == self.profile.accumulation:
+            value = value + self._normal(accumulation_scale(self.profile, value, accumulation))
+        if stage == "exp" and self.profile.exp_ulps:
+            width = _EXCESS * self.profile.exp_ulps * FORMATS[stored].ulp(value)
+            noise = self.rng.uniform(-1.0, 1.0, size=value.shape) * width
+            value = np.where(value == 0.0, 0.0, value + noise)
+        return FORMATS[stored].stochastic(value, self.rng, margin=_MARGIN)
+
+    def _normal(self, scale: Array) -> Array:
+        return self.rng.standard_normal(scale.shape) * (_EXCESS * scale)
+
+
+@dataclass(frozen=True, slots=True)
+class Nearest:
+    """Observer that rounds each stored stage to nearest: a correct subject of this profile."""
+
+    profile: PrecisionProfile
+
+    def __call__(
+        self, stage: str, value: Array, accumulation: Accumulation | None = None, /
+    ) -> Array:
+        """Return the value rounded as the profile stores it."""
+        stored = self.profile.stores.get(stage)
+        return value if stored is None else FORMATS[stored].nearest(value)
+
+
+def accumulation_scale(
+    profile: PrecisionProfile, value: Array, accumulation: Accumulation
+) -> Array:
+    """Return the standard deviation of the rounding error of a blocked sum, elementwise.
+
+    Each addition rounds the partial sum `s` by at most `u |s|`, with variance `u**2 s**2 / 3` when
+    uniform. With `n` terms of mean `m` and variance `w` about it, `E s_k**2 = (k m)**2 + k w`;
+    summed over the `b` steps inside each of `n / b` blocks and over the `n / b` sums of blocks::
+
+        n b m**2 / 3 * (b + n**2 / b**2)  +  n w / 2 * (b + n / b)
+
+    `l` interleaved sums along the whole length are blocks of `n / l` terms. A single term is not
+    rounded by its sum.
+
+    Args:
+        profile: gives the accumulation format, the block length `b` and the lanes `l`.
+        value: the sums, whose size gives the mean of the terms.
+        accumulation: number of terms, and the sum of their squares.
+    """
+    n = float(accumulation.length)
+    if n <= 1:
+        return np.zeros_like(value)
+    b = min(max(float(profile.block_length), n / profile.lanes), n)
+    mean_square = np.square(value / n)
+    spread = np.maximum(accumulation.squares() / n - mean_square, 0.0)
+    energy = n * b * mean_square / 3 * (b + (n / b) ** 2) + n * spread / 2 * (b + n / b)
+    scale: Array = FORMATS[profile.accumulation].unit_roundoff * np.sqrt(energy / 3)
+    return scale
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ErrorScale:
+    """Predicted errors of one output.
+
+    Attributes:
+        row_sigma: standard deviation of the error of each row, pooled along the last axis.
+        sigma: of each element: half the row's variance, half the element's own.
+        row_squares: per run, every row's mean squared error over its variance as the other runs
+            give it, `(runs, rows...)`; 0 where the row is exact. The run to nearest comes last.
+        largest_square: per run, the largest squared error of an element over its variance as the
+            other runs give it.
+    """
+
+    row_sigma: Array
+    sigma: Array
+    row_squares: Array
+    largest_square: Array
+
+
+def fewest_runs(expected: Outputs) -> int:
+    """Return how many runs a first look takes: more where an output is small."""
+    return FEW_RUNS if max(value.size for value in expected.values()) >= SMALL else MANY_RUNS
+
+
+def predict_scale(
+    evaluate: Evaluate,
+    expected: Outputs,
+    rows: Mapping[str, RowMask],
+    profile: PrecisionProfile,
+    *,
+    seed: int,
+    runs: int,
+) -> dict[str, ErrorScale]:
+    """Predict the error scale of every output of a case.
+
+    Args:
+        evaluate: runs the golden; called with `observe=`.
+        expected: its exact outputs, by name.
+        rows: per output, which rows (all axes but the last) count.
+        profile: what the subject claims.
+        seed: of the Monte Carlo runs.
+        runs: how many.
+    """
+    errors: dict[str, list[Array]] = {name: [] for name in rows}
+    for run in range(runs):
+        rng = np.random.Generator(np.random.SFC64([seed, run]))
+        observed = evaluate(observe=Dither(profile, rng))
+        for name, collected in errors.items():
+            collected.append((observed[name] - expected[name]) / _EXCESS)
+    nearest = evaluate(observe=Nearest(profile))
+    for name, collected in errors.items():
+        collected.append(nearest[name] - expected[name])
+    return {name: _scale(np.stack(errors[name]), expected[name], rows[name]) for name in rows}
+
+
+def _scale(errors: Array, expected: Array, rows: RowMask) -> ErrorScale:
+    """Pool the errors of the Monte Carlo runs; the last of `errors` is the run to nearest."""
+    squares = np.square(errors)
+    drawn, runs = squares[:-1], len(errors) - 1
+    floor = np.square(_GOLDEN_ROUNDOFF * np.abs(expected).max(axis=-1, initial=0.0))
+    total, row_total = drawn.sum(axis=0), drawn.mean(axis=-1).sum(axis=0)
+    counted = rows & (row_total > 0)
+
+    def variances(row: Array, element: Array, of: int) -> tuple[Array, Array]:
+        row_variance = np.where(counted, row / of + floor, 0.0)
+        return row_variance, (row_variance[..., None] + element / of) / 2
+
+    row_squares, largest = np.empty((runs + 1, *rows.shape)), np.empty(runs + 1)
+    row_variance, variance = variances(row_total, total, runs)
+    for run, square in enumerate(squares):
+        of_row, of_element = row_variance, variance
+        if run < runs:  # against the other runs, as a subject is: its own square would hide it
+            others = row_total - square.mean(axis=-1)
+            of_row, of_element = variances(others, total - square, runs - 1)
+            of_row = np.maximum(of_row, row_variance / _SHARE)
+            of_element = np.maximum(of_element, variance / _SHARE)
+        row_squares[run] = _ratio(square.mean(axis=-1), of_row, counted)
+        largest[run] = _ratio(square, of_element, counted[..., None]).max(initial=0.0)
+    return ErrorScale(np.sqrt(row_variance), np.sqrt(variance), row_squares, largest)
+
+
+def _ratio(value: Array, scale: Array, counted: RowMask) -> Array:
+    return np.divide(value, scale, out=np.zeros_like(value), where=counted & (scale > 0))

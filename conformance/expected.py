@@ -1,0 +1,128 @@
+"""Runs the golden on a case: what a subject's outputs should be, and which of their rows count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+import golden
+from conformance.cases import Case
+from conformance.error_model import Evaluate, Outputs, RowMask
+from conformance.inputs import CoreInputs, LayerInputs
+from golden import Array, LayerResult, Observer, unobserved
+
+Inputs: TypeAlias = LayerInputs | CoreInputs
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The golden's answer to a case.
+
+    Attributes:
+        outputs: exact values by name. Scope `layer`: `output` `(batch, q_len, hidden_size)`,
+            `k_cache` and `v_cache`, the entries written by this call
+            `(batch, num_key_value_heads, q_len, head_dim)`. Scope `core`: `output`
+            `(batch, num_attention_heads, q_len, head_dim)`.
+        rows: per output, which rows (all axes but the last) hold something: not padding.
+        evaluate: runs the golden again, with an observer.
+    """
+
+    outputs: Outputs
+    rows: Mapping[str, RowMask]
+    evaluate: Evaluate
+
+
+def reference(case: Case, inputs: Inputs) -> Reference:
+    """Evaluate the golden on a case's inputs."""
+    if isinstance(inputs, CoreInputs):
+        evaluate: Evaluate = _core(case, inputs)
+        used = inputs.q_positions >= 0
+        heads = case.config.num_attention_heads
+        rows = {"output": np.repeat(used[:, None], heads, axis=1)}
+    else:
+        evaluate = _layer(case, inputs)
+        used = inputs.position_ids >= 0
+        written = np.repeat(used[:, None], case.config.num_key_value_heads, axis=1)
+        rows = {"output": used, "k_cache": written, "v_cache": written}
+    return Reference(evaluate(), rows, evaluate)
+
+
+def _core(case: Case, inputs: CoreInputs) -> Callable[..., Outputs]:
+    config = case.config
+
+    def evaluate(observe: Observer = unobserved) -> Outputs:
+        attended = golden.attend(
+            inputs.q,
+            inputs.k,
+            inputs.v,
+            q_positions=inputs.q_positions,
+            kv_positions=inputs.kv_positions,
+            mask=golden.layer_mask(config),
+            softmax_scale=config.softmax_scale,
+            sinks=inputs.sinks,
+            softcap=config.softcap,
+            observe=observe,
+        )
+        return {"output": attended.output}
+
+    return evaluate
+
+
+def _layer(case: Case, inputs: LayerInputs) -> Callable[..., Outputs]:
+    config, positions = case.config, inputs.position_ids
+    projected = golden.project_qkv(config, inputs.weights, inputs.hidden_states)
+    cache = None
+    if inputs.k_cache is not None:
+        cache = golden.filled_cache(config, inputs.k_cache, inputs.v_cache, inputs.cache_lengths)
+
+    def evaluate(observe: Observer = unobserved) -> Outputs:
+        result: LayerResult
+        if cache is None:
+            # keys are compared by token, so a prompt far from position 0 needs no long cache
+            result = golden.encode_projected(
+                config, inputs.weights, projected, position_ids=positions, observe=observe
+            )
+        else:
+            result = golden.generate_projected(
+                config,
+                inputs.weights,
+                projected,
+                position_ids=positions,
+                cache=cache,
+                observe=observe,
+            )
+        return {
+            "output": result.output,
+            "k_cache": written(result.cache.k, positions),
+            "v_cache": written(result.cache.v, positions),
+        }
+
+    return evaluate
+
+
+def written(cache: Array, positions: golden.Positions) -> Array:
+    """Return the cache's entries at these positions, zeros for padding.
+
+    Args:
+        cache: `(batch, num_key_value_heads, max_length, head_dim)`, slot = position.
+        positions: `(batch, q_len)`, int64, -1 for padding.
+
+    Returns:
+        `(batch, num_key_value_heads, q_len, head_dim)`.
+    """
+    slots = np.maximum(positions, 0)[:, None, :, None]
+    entries = np.take_along_axis(cache, slots, axis=2)
+    return np.where(positions[:, None, :, None] >= 0, entries, 0.0)
+
+
+def kept_slots(inputs: LayerInputs) -> RowMask:
+    """Tell which cache slots token generation must leave alone, `(batch, max_length)`, bool."""
+    if inputs.k_cache is None:
+        raise ValueError("inputs must be those of token generation, got context encoding")
+    batch, _, max_length, _ = inputs.k_cache.shape
+    kept = np.ones((batch, max_length), dtype=np.bool_)
+    np.put_along_axis(kept, inputs.position_ids, False, axis=1)
+    return kept

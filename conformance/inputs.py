@@ -1,0 +1,202 @@
+"""Seeded inputs of a case: weights, hidden states, caches; or q, k, v for scope `core`.
+
+Values are signed, spread as the regime says, and exact in the case's dtype, so the golden and the
+subject start from the same numbers. Uniform positive inputs are not among the regimes: they hide
+most defects.
+
+* `gaussian`: queries, keys and values of unit variance.
+* `peaked`: queries four times as large, so that few keys take most of the weight.
+* `outlier`: one channel of each key head, and of the hidden states, eight times as large.
+* `large`: queries and keys six times as large, so that logits reach a hundred and more.
+* `integers`: sparse small integers, whose products and sums are exact.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from conformance.cases import Case
+from golden import FORMATS, Array, AttentionConfig, AttentionWeights, make_weights, weight_shapes
+
+_QUERY_SCALE = {"peaked": 4.0, "large": 6.0}
+_KEY_SCALE = {"large": 6.0}
+_OUTLIER = 8.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LayerInputs:
+    """Inputs of a layer, float64, exact in the case's dtype.
+
+    Attributes:
+        weights: the layer's arrays.
+        hidden_states: `(batch, q_len, hidden_size)`.
+        position_ids: `(batch, q_len)`, int64, -1 for padding.
+        k_cache: `(batch, num_key_value_heads, max_length, head_dim)`, BHSD; None in cte. Slots
+            that hold no token yet are filled with other tokens' values.
+        v_cache: like `k_cache`.
+        cache_lengths: `(batch,)`, int64, tokens the cache holds; None in cte.
+    """
+
+    weights: AttentionWeights
+    hidden_states: Array
+    position_ids: NDArray[np.int64]
+    k_cache: Array | None = None
+    v_cache: Array | None = None
+    cache_lengths: NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class CoreInputs:
+    """Inputs of the attention core, float64, exact in the case's dtype, BHSD.
+
+    Attributes:
+        q: `(batch, num_attention_heads, q_len, head_dim)`.
+        k: `(batch, num_key_value_heads, kv_len, head_dim)`.
+        v: like `k`.
+        q_positions: `(batch, q_len)`, int64, -1 for padding.
+        kv_positions: `(batch, kv_len)`, int64, -1 for padding.
+        sinks: `(num_attention_heads,)`, None without sinks.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    q_positions: NDArray[np.int64]
+    kv_positions: NDArray[np.int64]
+    sinks: Array | None
+
+
+@dataclass(slots=True)
+class _Source:
+    """Draws arrays of one case: a generator, the regime and the dtype to be exact in."""
+
+    rng: np.random.Generator
+    regime: str
+    dtype: str
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Array:
+        if self.regime == "integers":
+            values = self.rng.integers(-2, 3, size=shape).astype(np.float64)
+            values *= self.rng.random(shape) < 0.4
+            # a power of two near the wanted scale keeps every value and product exact
+            return values * 2.0 ** round(math.log2(scale))
+        return self.exact(self.rng.standard_normal(shape) * scale)
+
+    def exact(self, values: Array) -> Array:
+        return FORMATS[self.dtype].nearest(values)
+
+
+def _source(case: Case) -> _Source:
+    stream = zlib.crc32(case.id.encode())  # a case keeps its inputs whatever else is run
+    return _Source(np.random.default_rng([case.seed, stream]), case.regime, case.dtype)
+
+
+def draw_layer(case: Case) -> LayerInputs:
+    """Draw the inputs of a case of scope `layer`."""
+    source, config, work = _source(case), case.config, case.workload
+    weights = _draw_weights(source, config, _visible_keys(case))
+    hidden = source.normal(work.batch, work.q_len, config.hidden_size)
+    if case.regime == "outlier":
+        hidden[..., 0] *= _OUTLIER
+    lengths = np.array(work.lengths, dtype=np.int64)
+    steps = np.arange(work.q_len, dtype=np.int64)
+    if work.phase == "cte":
+        positions = np.where(steps < lengths[:, None], steps + work.start, -1)
+        return LayerInputs(weights=weights, hidden_states=hidden, position_ids=positions)
+    k, v = _draw_keys_values(source, case, int(lengths.max()) + work.steps)
+    return LayerInputs(
+        weights=weights,
+        hidden_states=hidden,
+        position_ids=lengths[:, None] + steps,
+        k_cache=k,
+        v_cache=v,
+        cache_lengths=lengths,
+    )
+
+
+def draw_core(case: Case) -> CoreInputs:
+    """Draw the inputs of a case of scope `core`."""
+    source, config, work = _source(case), case.config, case.workload
+    if work.phase == "cte":
+        kv_lengths = np.array(work.lengths) + work.prior
+        first = work.start + work.prior
+    else:
+        kv_lengths = np.array(work.lengths) + work.steps
+        first = 0
+    kv_len = int(kv_lengths.max())
+    k, v = _draw_keys_values(source, case, kv_len)
+    shape = (work.batch, config.num_attention_heads, work.q_len, config.head_dim)
+    q = source.normal(*shape, scale=_QUERY_SCALE.get(case.regime, 1.0))
+    slots = np.arange(kv_len, dtype=np.int64)
+    kv_positions = np.where(slots < kv_lengths[:, None], slots + work.start, -1)
+    steps = np.arange(work.q_len, dtype=np.int64)
+    lengths = np.array(work.lengths, dtype=np.int64)[:, None]
+    q_positions = (
+        np.where(steps < lengths, steps + first, -1) if work.phase == "cte" else lengths + steps
+    )
+    sinks = None
+    if config.learned_sinks_size is not None:
+        sinks = _draw_sinks(source, config, _visible_keys(case))
+    return CoreInputs(
+        q=q, k=k, v=v, q_positions=q_positions, kv_positions=kv_positions, sinks=sinks
+    )
+
+
+def _visible_keys(case: Case) -> int:
+    """Return about how many keys a late row sees."""
+    work, config = case.workload, case.config
+    limits = [config.sliding_window, config.attention_chunk_size]
+    keys = max(work.lengths) + work.prior + work.steps
+    return min([keys, *(limit for limit in limits if limit is not None)])
+
+
+def _draw_keys_values(source: _Source, case: Case, kv_len: int) -> tuple[Array, Array]:
+    config = case.config
+    shape = (case.workload.batch, config.num_key_value_heads, kv_len, config.head_dim)
+    k = source.normal(*shape, scale=_KEY_SCALE.get(case.regime, 1.0))
+    if case.regime == "outlier":
+        k[..., 0] *= _OUTLIER
+    return k, source.normal(*shape)
+
+
+def _draw_weights(source: _Source, config: AttentionConfig, visible_keys: int) -> AttentionWeights:
+    """Draw projections that give queries, keys and values of unit variance, and the rest to fit."""
+    regime = source.regime
+    query, key = _QUERY_SCALE.get(regime, 1.0), _KEY_SCALE.get(regime, 1.0)
+    hidden, wide = config.hidden_size**-0.5, config.q_size**-0.5
+    scales = {
+        "q_proj": hidden * query,
+        "k_proj": hidden * key,
+        "v_proj": hidden,
+        "o_proj": wide,
+        "q_bias": query,
+        "k_bias": key,
+        "v_bias": 1.0,
+        "o_bias": 1.0,
+        "q_norm_bias": 0.25,
+        "k_norm_bias": 0.25,
+    }
+    arrays: dict[str, Array] = {}
+    for name, shape in weight_shapes(config).items():
+        if name == "sinks":
+            arrays[name] = _draw_sinks(source, config, visible_keys)
+        elif name in ("q_norm", "k_norm"):
+            size = query if name == "q_norm" else key
+            offset = config.qk_norm.weight_offset if config.qk_norm is not None else 0.0
+            arrays[name] = source.exact(size - offset + source.normal(*shape, scale=0.25 * size))
+        else:
+            arrays[name] = source.normal(*shape, scale=scales[name])
+    if regime == "outlier":
+        arrays["k_proj"][:: config.head_dim] *= _OUTLIER
+    return make_weights(config, **arrays)
+
+
+def _draw_sinks(source: _Source, config: AttentionConfig, visible_keys: int) -> Array:
+    """Draw sink logits near the log of a quarter of the visible keys: a share worth losing."""
+    centre = math.log(max(visible_keys, 4) / 4)
+    return source.exact(centre + source.normal(config.num_attention_heads))

@@ -1,0 +1,1 @@
+"""Real models: true weights and true hidden states, where random ones would hide a mistake."""

@@ -1,0 +1,174 @@
+"""Pytest plugin: options to choose the subject, records of every verdict, the report at the end.
+
+The suites are ordinary pytest tests (`pytest --pyargs conformance.suites`). Each test attaches its
+record to its report, so records reach the one process that writes them also under pytest-xdist.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from reports.records import CaseRecord, case_from_dict, case_to_dict, write_results
+
+if TYPE_CHECKING:
+    from conformance.cases import Case
+    from conformance.subjects import Subject
+
+_RECORD = "conformance_record"
+_RESOLVED = pytest.StashKey["tuple[Subject, list[Case]]"]()
+_PACKAGES = ("numpy", "scipy", "torch", "torch-neuronx", "ml_dtypes", "pytest", "attn-conformance")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of the suites."""
+    group = parser.getgroup("attn-conformance", "attention conformance")
+    group.addoption(
+        "--subject",
+        default="impl",
+        metavar="NAME",
+        help="what to judge: impl, torch-sdpa or module:callable (default: impl)",
+    )
+    group.addoption(
+        "--profile", default=None, metavar="NAME", help="precision profile instead of the claimed"
+    )
+    group.addoption(
+        "--tier", default="smoke", metavar="TIER", help="smoke, standard or full (default: smoke)"
+    )
+    group.addoption(
+        "--case", action="append", default=[], metavar="ID", help="judge just this case; repeatable"
+    )
+    group.addoption(
+        "--preset",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="judge just the layers of this published model; repeatable",
+    )
+    group.addoption(
+        "--model", default=None, metavar="NAME", help="judge the layers of a real model: smollm2"
+    )
+    group.addoption(
+        "--suite",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="features, core or presets; repeatable (default: all the subject takes)",
+    )
+    group.addoption("--results", default=None, metavar="PATH", help="write records as JSON Lines")
+    group.addoption("--report", default=None, metavar="PATH", help="write the HTML report")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Collect records in the process that reports, and refuse bad options before anything runs."""
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Recorder(config), "attn-conformance-recorder")
+    if any("conformance.suites" in argument.replace(os.sep, ".") for argument in config.args):
+        resolve(config)
+
+
+def resolve(config: pytest.Config) -> tuple[Subject, list[Case]]:
+    """Return the subject and the cases that the options ask for, worked out once a session.
+
+    Raises:
+        pytest.UsageError: an option names something unknown; one sentence, no traceback.
+    """
+    from conformance.errors import UsageError
+    from conformance.selection import select_cases
+    from conformance.subjects import load_subject
+
+    if _RESOLVED not in config.stash:
+        try:
+            subject = load_subject(config.getoption("subject"), profile=config.getoption("profile"))
+            cases = select_cases(
+                subject,
+                tier=config.getoption("tier"),
+                suites=config.getoption("suite"),
+                presets=config.getoption("preset"),
+                model=config.getoption("model"),
+                ids=config.getoption("case"),
+            )
+        except UsageError as error:
+            raise pytest.UsageError(str(error)) from None
+        config.stash[_RESOLVED] = subject, cases
+    return config.stash[_RESOLVED]
+
+
+def attach(request: pytest.FixtureRequest, record: CaseRecord) -> None:
+    """Attach a record to the running test."""
+    request.node.user_properties.append((_RECORD, json.dumps(case_to_dict(record))))
+
+
+class _Recorder:
+    """Gathers the records of a session and writes them when it ends."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._records: list[CaseRecord] = []
+        self._started = time.time()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Take the record off a finished test."""
+        if report.when != "call":
+            return
+        for name, value in report.user_properties:
+            if name == _RECORD:
+                self._records.append(case_from_dict(json.loads(str(value))))
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self) -> None:
+        """Write the results and the report."""
+        results = self._config.getoption("results")
+        report = self._config.getoption("report")
+        if not (results or report):
+            return
+        from reports.html import write_report
+        from reports.records import Results
+
+        environment = describe_environment(self._config, self._started)
+        records = sorted(self._records, key=lambda record: (record.suite, record.case_id))
+        if results:
+            write_results(Path(results), environment, records)
+        if report:
+            write_report(Results(environment=environment, cases=tuple(records)), Path(report))
+
+
+def describe_environment(config: pytest.Config, started: float) -> dict[str, Any]:
+    """Return what a reader needs to know about the machine and the run."""
+    from conformance.judge import FALSE_ALARM_RATE
+
+    return {
+        "command": os.environ.get("ATTN_CONFORMANCE_COMMAND", shlex.join(_command_line())),
+        "subject": config.getoption("subject"),
+        "tier": config.getoption("tier"),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(started)),
+        "seconds": round(time.time() - started, 1),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpu_count": os.cpu_count() or 0,
+        "packages": dict(_versions()),
+        "false_alarm_rate": f"{FALSE_ALARM_RATE:.0e} per case",
+    }
+
+
+def _command_line() -> list[str]:
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in _PACKAGES:
+        try:
+            yield name, metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue

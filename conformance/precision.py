@@ -1,0 +1,175 @@
+"""Precision profiles: where a subject says it rounds, and to what.
+
+A profile is a claim. The error model turns it into the error scale a subject is held to; a
+subject that is more precise than its profile passes, one that is less precise does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from conformance.errors import UsageError
+from golden import FORMATS, STAGES
+
+_ROPE_TABLES = (
+    "rope_exponents",
+    "rope_powers",
+    "rope_frequencies",
+    "rope_scaled_frequencies",
+    "rope_angles",
+)
+_FLOAT32_INSIDE = (
+    *_ROPE_TABLES,
+    "q_norm_scale",
+    "k_norm_scale",
+    "shifted_scores",
+    "exp",
+    "denominator",
+)
+_SCORES = ("qk", "scores", "softcap_ratio", "softcap_tanh", "softcap")
+_FUSED = (
+    "q_norm_unit",
+    "k_norm_unit",
+    "q_rope_cos",
+    "k_rope_cos",
+    "q_rope_sin",
+    "k_rope_sin",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrecisionProfile:
+    """Where a subject rounds.
+
+    Attributes:
+        name: such as `eager-bfloat16`.
+        reason: what kind of implementation rounds like this.
+        stores: stage (of `golden.STAGES`) to the format its value is rounded to.
+        accumulation: format in which sums of products are accumulated.
+        block_length: terms summed one after the other before partial sums are added; longer
+            blocks mean larger errors. Modelled where the accumulation format is also what the
+            stage stores, since a coarser store hides it.
+        lanes: a sum may instead run along its whole length in this many interleaved partial sums,
+            as the lanes of a vector unit do; the larger of the two errors is what is claimed.
+        exp_ulps: error of exp beyond rounding, in ulps of the stage's format.
+    """
+
+    name: str
+    reason: str
+    stores: Mapping[str, str]
+    accumulation: str = "float32"
+    block_length: int = 256
+    lanes: int = 8
+    exp_ulps: float = 0.5
+
+    def __post_init__(self) -> None:
+        unknown = sorted(self.stores.keys() - STAGES.keys())
+        if unknown:
+            raise UsageError(f"stores must name stages of golden.STAGES, got {', '.join(unknown)}")
+        formats = {*self.stores.values(), self.accumulation}
+        if not formats <= FORMATS.keys():
+            raise UsageError(
+                f"formats must be among {', '.join(FORMATS)}, got "
+                f"{', '.join(sorted(formats - FORMATS.keys()))}"
+            )
+        if min(self.block_length, self.lanes) < 1 or self.exp_ulps < 0:
+            raise UsageError(
+                "block_length and lanes must be positive and exp_ulps not negative, got "
+                f"{self.block_length}, {self.lanes} and {self.exp_ulps}"
+            )
+
+
+def eager(dtype: str) -> PrecisionProfile:
+    """Every stage is stored in the model's dtype; RoPE angles, norms and softmax in float32.
+
+    This is plain PyTorch in bfloat16 or float16: each operator rounds its result, matrix products
+    accumulate in float32, and the softmax is upcast. Sums may run in any order, even one term
+    after the other along their whole length, as a row vector times a matrix does.
+    """
+    stores = {stage: dtype for stage in STAGES if stage not in _FLOAT32_INSIDE}
+    stores |= dict.fromkeys(_FLOAT32_INSIDE, "float32")
+    if dtype != "float32":
+        del stores["unnormalised_weights"]
+    return PrecisionProfile(
+        name=f"eager-{dtype}",
+        reason="each operator stores its result in the model's dtype; softmax and RoPE angles "
+        "in float32; sums in any order",
+        stores=stores,
+        lanes=1,
+    )
+
+
+def native(dtype: str) -> PrecisionProfile:
+    """Scores and softmax in float32, normalised weights stored for the product; RoPE fused.
+
+    This is the native path of `impl`: projections, norms, cos and sin, rotated heads, weights,
+    attention output and projection are stored in the model's dtype, everything between in
+    float32.
+    """
+    stores = dict(eager(dtype).stores)
+    stores |= dict.fromkeys(_SCORES + _FUSED, "float32")
+    return PrecisionProfile(
+        name=f"native-{dtype}",
+        reason="scores, softmax and the insides of norms and RoPE in float32; weights rounded "
+        "to the model's dtype before their product with the values",
+        stores=stores,
+    )
+
+
+def flash(dtype: str) -> PrecisionProfile:
+    """Scores and softmax stay in float32; unnormalised weights are rounded for the product.
+
+    This is an online-softmax kernel: `exp(score - running maximum)` is cast to the dtype of the
+    values for the matrix product, its row sum stays in float32, and the output is divided at the
+    end and rounded once.
+    """
+    stores = dict(eager(dtype).stores)
+    stores |= dict.fromkeys(_SCORES, "float32")
+    stores["unnormalised_weights"] = dtype
+    if dtype != "float32":
+        del stores["weights"]
+    return PrecisionProfile(
+        name=f"flash-{dtype}",
+        reason="online softmax: scores in float32, unnormalised weights stored in the model's "
+        "dtype, one division at the end",
+        stores=stores,
+    )
+
+
+def sdpa(dtype: str) -> PrecisionProfile:
+    """PyTorch's CPU attention, whichever of its kernels a call is given to.
+
+    The eager kernel rounds normalised weights, the flash kernel unnormalised ones, so both are
+    claimed; so is the flash kernel's fast exponential.
+
+    Source: `exp_u20` in PyTorch's `ATen/cpu/vec/vec512/vec512_float.h`, which states 20 ulps.
+    """
+    return replace(
+        eager(dtype),
+        name=f"sdpa-{dtype}",
+        reason="PyTorch's CPU attention: weights rounded to the model's dtype before or after "
+        "their normalisation, an exponential with an error of up to 20 ulps of float32",
+        stores={**eager(dtype).stores, "unnormalised_weights": dtype},
+        exp_ulps=20.0,
+    )
+
+
+PROFILES: dict[str, Callable[[str], PrecisionProfile]] = {
+    "eager": eager,
+    "native": native,
+    "flash": flash,
+    "sdpa": sdpa,
+}
+"""Profiles by name; each takes the dtype of the subject's tensors."""
+
+
+def profile_named(name: str, dtype: str) -> PrecisionProfile:
+    """Return the profile of this name for tensors of `dtype`.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in PROFILES:
+        raise UsageError(f"profile must be one of {', '.join(PROFILES)}, got {name!r}")
+    return PROFILES[name](dtype)

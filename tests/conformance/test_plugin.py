@@ -1,0 +1,76 @@
+"""The suites under plain pytest: options, exit codes, and files written by the one main process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from reports.records import read_results
+
+HERE = Path(__file__).parent
+WINDOW = "h256-hq8-hkv8-d32-window16/cte-bf16-b1-q40-gaussian-seed0"
+SINKS = "h256-hq8-hkv8-d32-sinks/cte-bf16-b1-q40-gaussian-seed0"
+UNCLAIMED = "h256-hq8-hkv8-d32-sinks-chunk32/cte-bf16-b1-q40-gaussian-seed0"
+
+
+def run_pytest(directory: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PYTEST_", "ATTN_CONFORMANCE_"))
+    }
+    environment |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "--pyargs", "conformance.suites"]
+    return subprocess.run(
+        [*command, "-p", "no:cacheprovider", *options],
+        cwd=directory,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_planted_bug_fails_its_case_in_two_processes_and_one_writes_the_files(
+    tmp_path: Path,
+) -> None:
+    done = run_pytest(
+        tmp_path,
+        *("--subject", "planted:window_one_more", "-n", "2"),
+        *("--case", WINDOW, "--case", SINKS),
+        *("--results", "results.jsonl", "--report", "report.html"),
+    )
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout + done.stderr
+    assert "1 failed, 1 passed" in done.stdout
+    assert "DEVIATES: output: " in done.stdout
+    assert f"reproduce: attn-conformance run --subject planted:window_one_more --case {WINDOW}" in (
+        done.stdout
+    )
+    results = read_results(tmp_path / "results.jsonl")
+    verdicts = {case.case_id: case.verdict for case in results.cases}
+    assert verdicts == {WINDOW: "DEVIATES", SINKS: "CONFORMS"}
+    assert results.environment["subject"] == "planted:window_one_more"
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Does not conform: 1 of 2 cases fails." in page
+    assert WINDOW in page
+
+
+def test_case_that_is_not_claimed_is_skipped_and_recorded(tmp_path: Path) -> None:
+    done = run_pytest(tmp_path, "--case", UNCLAIMED, "--results", "results.jsonl", "-rs")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "UNSUPPORTED: the module refuses learned sinks with chunked attention" in done.stdout
+    (case,) = read_results(tmp_path / "results.jsonl").cases
+    assert case.verdict == "UNSUPPORTED"
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_bad_options_end_the_run_before_any_case_and_name_the_reason(tmp_path: Path) -> None:
+    done = run_pytest(tmp_path, "--subject", "no_such_module:kernel")
+    assert done.returncode in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.USAGE_ERROR)
+    assert "subject 'no_such_module:kernel' does not import" in done.stdout + done.stderr
+    assert "passed" not in done.stdout
