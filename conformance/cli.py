@@ -279,3 +279,19 @@ def certify(output: Path | None) -> None:
 
     certificates = certify_golden(output, _console)
     sys.exit(0 if all(certificate.holds for certificate in certificates) else 1)
+
+
+@main.command()
+@click.argument("what", type=click.Choice(["golden"]))
+@click.option(
+    "--json",
+    "output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where to write the figures.",
+)
+@click.option("--quick", is_flag=True, help="Short lengths and few turns, to see that it works.")
+def bench(what: str, output: Path | None, quick: bool) -> None:
+    """Measure speed against named peers in the same run."""
+    from conformance.benchmarks import golden_speed
+
+    golden_speed.run(output, quick)

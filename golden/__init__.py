@@ -5,6 +5,8 @@ Nothing here knows of the implementation under test, and nothing here loads torc
 
 from golden.arrays import Positions
 from golden.attention import Attended, attend, visible_keys
+from golden.blockwise import attend_blockwise
+from golden.blockwise_gradients import attend_blockwise_vjp
 from golden.cache import ContiguousCache, empty_cache, filled_cache
 from golden.caches.chunk import ChunkCache, chunk_cache
 from golden.caches.held import Cache, Held
@@ -17,6 +19,13 @@ from golden.config import AttentionConfig, Eagle3AttentionConfig, QKNorm, Temper
 from golden.encoder_decoder import cross_attention
 from golden.errors import ConfigError, GoldenError, ShapeError
 from golden.formats import FORMATS, Format, format_named
+from golden.gradients import (
+    AttendGradients,
+    LayerGradients,
+    attend_vjp,
+    context_encoding_vjp,
+    token_generation_vjp,
+)
 from golden.layer import (
     LayerResult,
     Projected,
@@ -42,6 +51,8 @@ from golden.rope_config import (
     YarnScaling,
 )
 from golden.rope_scalings import deepseek_yarn_scaling, yarn_mscale
+from golden.row_plan import RowPlan, plan_rows
+from golden.row_sampling import attend_rows
 from golden.segments import SameSegment
 from golden.serving import ForwardResult, Step, attend_with_cache, forward
 from golden.speculation import accept_drafts, tree_depths, tree_mask, verify_tree
@@ -56,6 +67,7 @@ __all__ = [
     "STAGES",
     "Accumulation",
     "Array",
+    "AttendGradients",
     "Attended",
     "AttentionConfig",
     "AttentionWeights",
@@ -74,6 +86,7 @@ __all__ = [
     "ForwardResult",
     "GoldenError",
     "Held",
+    "LayerGradients",
     "LayerResult",
     "LinearScaling",
     "Llama3Scaling",
@@ -92,6 +105,7 @@ __all__ = [
     "QuantisedCache",
     "RollingCache",
     "RopeConfig",
+    "RowPlan",
     "SameSegment",
     "ShapeError",
     "ShardedCache",
@@ -105,11 +119,16 @@ __all__ = [
     "accept_drafts",
     "add_and_normalise",
     "attend",
+    "attend_blockwise",
+    "attend_blockwise_vjp",
     "attend_parts",
+    "attend_rows",
+    "attend_vjp",
     "attend_with_cache",
     "attention_factor",
     "chunk_cache",
     "context_encoding",
+    "context_encoding_vjp",
     "cross_attention",
     "cut_keys",
     "deepseek_yarn_scaling",
@@ -127,6 +146,7 @@ __all__ = [
     "merge_attended",
     "packed_forward",
     "paged_cache",
+    "plan_rows",
     "project_qkv",
     "rolling_cache",
     "rope_cos_sin",
@@ -137,6 +157,7 @@ __all__ = [
     "slot_mapping",
     "split_qkv",
     "token_generation",
+    "token_generation_vjp",
     "transposed_cache",
     "tree_depths",
     "tree_mask",
