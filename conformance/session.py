@@ -7,12 +7,14 @@ import io
 import os
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from conformance import suites
 from reports.records import VERDICTS, CaseRecord, Results
 
 
@@ -44,7 +46,8 @@ def run_session(options: Sequence[str], *, total: int, jobs: int, console: Conso
     Returns:
         Whether every case was judged, whatever the verdicts.
     """
-    arguments = ["--pyargs", "conformance.suites", "-p", "no:cacheprovider", "-q", *options]
+    settings = Path(suites.__file__).with_name("pytest.ini")
+    arguments = ["-c", str(settings), "--pyargs", "conformance.suites", "-q", *options]
     if jobs > 1:
         # each process keeps to one core; set before they start, for that is when BLAS reads it
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -78,10 +81,10 @@ def summary_table(results: Results) -> Table:
         bad = verdict not in ("CONFORMS", "UNSUPPORTED")
         table.add_column(verdict, justify="right", style="red" if bad else None)
     table.add_column("worst / limit", justify="right")
-    suites: dict[str, list[CaseRecord]] = {}
+    by_suite: dict[str, list[CaseRecord]] = {}
     for case in results.cases:
-        suites.setdefault(case.suite, []).append(case)
-    for suite, cases in suites.items():
+        by_suite.setdefault(case.suite, []).append(case)
+    for suite, cases in by_suite.items():
         counts = Counter(case.verdict for case in cases)
         worst = max(case.worst_ratio for case in cases)
         numbers = [str(counts[verdict]) for verdict in seen]

@@ -1,0 +1,39 @@
+"""The command does the same wherever it is started, whatever pytest finds configured there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+KERNEL = """
+import torch
+from conformance.subjects import CoreCall
+
+def attention(call: CoreCall) -> torch.Tensor:
+    heads = call.q.shape[1] // call.k.shape[1]
+    k, v = (t.repeat_interleave(heads, 1) for t in (call.k, call.v))
+    scores = call.q @ k.transpose(2, 3) * call.softmax_scale
+    scores = scores.float().masked_fill(~call.mask, float("-inf"))
+    return scores.softmax(-1).to(v.dtype) @ v
+"""
+
+PROJECT = """
+[tool.pytest.ini_options]
+addopts = "-k nothing_is_called_this --strict-config"
+filterwarnings = ["error"]
+testpaths = ["elsewhere"]
+"""
+
+
+def test_a_users_own_pytest_configuration_has_no_say(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text(PROJECT)
+    (tmp_path / "my_kernel.py").write_text(KERNEL)
+    ids = [f"core-h256-hq8-hkv2-d32/cte-bf16-b1-q{n}-gaussian-seed0" for n in (7, 9)]
+    command = [sys.executable, "-c", "from conformance.cli import main; main()", "run"]
+    command += ["--subject", "my_kernel:attention", "-j", "2"]
+    for text in ids:
+        command += ["--case", text]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "results.jsonl").read_text().count('"CONFORMS"') == len(ids)
