@@ -54,7 +54,7 @@ def measure(computed: Array, exact: Tracked) -> Measured:
     largest = exact.size.max(axis=-1, keepdims=True, initial=0.0)
     ulp = np.broadcast_to(FORMATS["float64"].ulp(largest), error.shape)
     known = bound < largest
-    return Measured((error / ulp)[known], (bound / ulp)[known], share.ravel())
+    return Measured(error[known] / ulp[known], bound[known] / ulp[known], share.ravel())
 
 
 @dataclass(frozen=True, slots=True)
