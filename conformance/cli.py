@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from conformance.errors import UsageError
+from conformance.false_alarms import DEFAULT_RATE
 from conformance.matrix import TIERS
 from conformance.precision import PROFILES
 from conformance.presets import PRESETS
@@ -47,6 +48,11 @@ _SUITE = click.option(
 _PRESET = click.option(
     "--preset", "presets", multiple=True, metavar="NAME", help="Published model; repeatable."
 )
+_PAGE = click.option(
+    "--page",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Markdown page whose measured part to renew, such as docs/rules.md.",
+)
 _MODEL = click.option("--model", metavar="NAME", help="Real model with its weights: smollm2.")
 
 
@@ -70,6 +76,29 @@ def main() -> None:
 @_PRESET
 @_MODEL
 @click.option("--case", "ids", multiple=True, metavar="ID", help="Just this case; repeatable.")
+@click.option(
+    "--false-alarm-rate",
+    "rate",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=DEFAULT_RATE,
+    show_default=True,
+    help="Chance that a correct subject fails any case of the run.",
+)
+@click.option(
+    "--cases-in-run",
+    "in_run",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Cases that share that chance, to judge some again. Default: those selected.",
+)
+@click.option(
+    "--exact-rules",
+    "exact",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="Call the subject again with changes that must change no bit; auto: beyond smoke.",
+)
 @click.option(
     "--results",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -100,6 +129,9 @@ def run(
     presets: tuple[str, ...],
     model: str | None,
     ids: tuple[str, ...],
+    rate: float,
+    in_run: int | None,
+    exact: str,
     results: Path,
     report: Path,
     jobs: int,
@@ -120,6 +152,8 @@ def run(
     options = ["--subject", subject, "--tier", tier]
     options += ["--profile", profile] if profile else []
     options += ["--model", model] if model else []
+    options += ["--exact-rules", exact]
+    options += ["--false-alarm-rate", str(rate), "--cases-in-run", str(in_run or len(cases))]
     for name, values in (("--suite", suites), ("--preset", presets), ("--case", ids)):
         for value in values:
             options += [name, value]
@@ -282,16 +316,39 @@ def certify(output: Path | None) -> None:
 
 
 @main.command()
-@click.argument("what", type=click.Choice(["golden"]))
+@click.argument("what", type=click.Choice(["golden", "rules"]))
 @click.option(
     "--json",
     "output",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Where to write the figures.",
 )
-@click.option("--quick", is_flag=True, help="Short lengths and few turns, to see that it works.")
-def bench(what: str, output: Path | None, quick: bool) -> None:
-    """Measure speed against named peers in the same run."""
+@click.option("--quick", is_flag=True, help="Few and short cases, to see that it works.")
+@_PAGE
+def bench(what: str, output: Path | None, quick: bool, page: Path | None) -> None:
+    """Measure golden's speed, or acceptance rules, against named peers in the same run."""
+    if what == "rules":
+        from conformance.benchmarks import rules
+
+        rules.run(output, quick, page=page)
+        return
+    if page is not None:
+        raise _Failure("page belongs to `bench rules`; docs/golden-speed.md is written by hand")
     from conformance.benchmarks import golden_speed
 
     golden_speed.run(output, quick)
+
+
+@main.command()
+@click.option("--runs", type=click.IntRange(min=1), default=3000, show_default=True)
+@click.option(
+    "--records",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File to keep runs in and to go on from.",
+)
+@_PAGE
+def calibrate(runs: int, records: Path | None, page: Path | None) -> None:
+    """Judge thousands of runs of correct kernels, and count false alarms."""
+    from conformance import calibration
+
+    calibration.run(page, runs, records=records)

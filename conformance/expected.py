@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TypeAlias
 
 import numpy as np
@@ -12,7 +13,7 @@ import golden
 from conformance.cases import Case
 from conformance.error_model import Evaluate, Outputs, RowMask
 from conformance.inputs import CoreInputs, LayerInputs
-from golden import Array, LayerResult, Observer, unobserved
+from golden import Array, AttentionConfig, LayerResult, Observer, unobserved
 
 Inputs: TypeAlias = LayerInputs | CoreInputs
 
@@ -27,7 +28,10 @@ class Reference:
             `(batch, num_key_value_heads, q_len, head_dim)`. Scope `core`: `output`
             `(batch, num_attention_heads, q_len, head_dim)`.
         rows: per output, which rows (all axes but the last) hold something: not padding.
-        evaluate: runs the golden again, with an observer.
+        evaluate: runs the golden again: with an observer (`observe=`), with another configuration
+            of the same shapes (`config=`), or with some arrays replaced by name (`weights=`;
+            scope `core` has `sinks` alone). Scope `core` can evaluate some queries alone
+            (`queries=`, a slice of them).
     """
 
     outputs: Outputs
@@ -51,18 +55,24 @@ def reference(case: Case, inputs: Inputs) -> Reference:
 
 
 def _core(case: Case, inputs: CoreInputs) -> Callable[..., Outputs]:
-    config = case.config
+    given: Mapping[str, Array | None] = {"sinks": inputs.sinks}
 
-    def evaluate(observe: Observer = unobserved) -> Outputs:
+    def evaluate(
+        *,
+        observe: Observer = unobserved,
+        config: AttentionConfig = case.config,
+        weights: Mapping[str, Array] = MappingProxyType({}),
+        queries: slice = slice(None),
+    ) -> Outputs:
         attended = golden.attend(
-            inputs.q,
+            inputs.q[:, :, queries],
             inputs.k,
             inputs.v,
-            q_positions=inputs.q_positions,
+            q_positions=inputs.q_positions[:, queries],
             kv_positions=inputs.kv_positions,
             mask=golden.layer_mask(config),
             softmax_scale=config.softmax_scale,
-            sinks=inputs.sinks,
+            sinks={**given, **weights}["sinks"],
             softcap=config.softcap,
             observe=observe,
         )
@@ -72,23 +82,31 @@ def _core(case: Case, inputs: CoreInputs) -> Callable[..., Outputs]:
 
 
 def _layer(case: Case, inputs: LayerInputs) -> Callable[..., Outputs]:
-    config, positions = case.config, inputs.position_ids
-    projected = golden.project_qkv(config, inputs.weights, inputs.hidden_states)
+    positions = inputs.position_ids
+    projected = golden.project_qkv(case.config, inputs.weights, inputs.hidden_states)
     cache = None
     if inputs.k_cache is not None:
-        cache = golden.filled_cache(config, inputs.k_cache, inputs.v_cache, inputs.cache_lengths)
+        cache = golden.filled_cache(
+            case.config, inputs.k_cache, inputs.v_cache, inputs.cache_lengths
+        )
 
-    def evaluate(observe: Observer = unobserved) -> Outputs:
+    def evaluate(
+        *,
+        observe: Observer = unobserved,
+        config: AttentionConfig = case.config,
+        weights: Mapping[str, Array] = MappingProxyType({}),
+    ) -> Outputs:
         result: LayerResult
+        arrays = replace(inputs.weights, **weights)
         if cache is None:
             # keys are compared by token, so a prompt far from position 0 needs no long cache
             result = golden.encode_projected(
-                config, inputs.weights, projected, position_ids=positions, observe=observe
+                config, arrays, projected, position_ids=positions, observe=observe
             )
         else:
             result = golden.generate_projected(
                 config,
-                inputs.weights,
+                arrays,
                 projected,
                 position_ids=positions,
                 cache=cache,

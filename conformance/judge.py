@@ -19,16 +19,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from conformance.error_model import ErrorScale, Outputs, RowMask
+from conformance.false_alarms import STANDARD
+from conformance.row_groups import RowGroup, row_groups
 from golden import Array
 from reports.records import Statistic, Worst
 
-FALSE_ALARM_RATE = 1e-6
-"""Chance that a correct subject fails a case; a run of 1,000 cases alarms once in 1,000 runs."""
+FALSE_ALARM_RATE = STANDARD.per_case
+"""Chance that a correct subject fails a case, unless a run says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +38,30 @@ class Judgement:
     """Outcome of comparing one case's outputs.
 
     Attributes:
-        conforms: whether every statistic is within its limit.
-        reason: one sentence naming the worst excess, empty when it conforms.
         statistics: every figure with its limit.
         worst: the element furthest from golden in units of its sigma, None if nothing counts.
+        power: smallest error of each parameter that the case finds, by parameter and unit.
     """
 
-    conforms: bool
-    reason: str
     statistics: tuple[Statistic, ...]
     worst: Worst | None
+    power: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def conforms(self) -> bool:
+        """Whether every statistic is within its limit."""
+        return all(statistic.ratio <= 1 for statistic in self.statistics)
+
+    @property
+    def reason(self) -> str:
+        """One sentence naming the worst excess, empty when it conforms."""
+        if self.conforms:
+            return ""
+        return _reason(max(self.statistics, key=lambda statistic: statistic.ratio))
+
+    def with_statistics(self, further: tuple[Statistic, ...]) -> Judgement:
+        """Return the judgement with statistics measured elsewhere."""
+        return replace(self, statistics=(*self.statistics, *further))
 
 
 def judge_outputs(
@@ -54,6 +70,8 @@ def judge_outputs(
     rows: Mapping[str, RowMask],
     scales: Mapping[str, ErrorScale],
     *,
+    alpha: float = FALSE_ALARM_RATE,
+    group_size: int = 1,
     extra: tuple[Statistic, ...] = (),
 ) -> Judgement:
     """Judge every output of a case.
@@ -63,33 +81,79 @@ def judge_outputs(
         expected: golden's outputs.
         rows: per output, which rows (all axes but the last) count.
         scales: predicted errors, by output.
+        alpha: chance that a correct subject fails the case, shared equally by its statistics.
+        group_size: query heads per KV head.
         extra: further statistics of the case, measured elsewhere.
     """
-    alpha = FALSE_ALARM_RATE / (3 * len(rows))
+    share = alpha / statistic_count(rows, scales, group_size)
     statistics = list(extra)
     worst: list[Worst] = []
     for name, counted in rows.items():
         if not counted.any():
             continue
+        size = group_size if name == "output" else 1
         found, element = _judge_output(
-            name, observed[name] - expected[name], counted, scales[name], alpha
+            name, observed[name] - expected[name], counted, scales[name], share, size
         )
         statistics += found
         worst.append(_worst(name, observed[name], expected[name], scales[name], element))
-    failed = [statistic for statistic in statistics if statistic.ratio > 1]
     return Judgement(
-        conforms=not failed,
-        reason=_reason(max(failed, key=lambda s: s.ratio)) if failed else "",
         statistics=tuple(statistics),
         worst=max(worst, key=lambda w: abs(w.z), default=None),
+        power=_power(scales, share),
+    )
+
+
+def zeros_pass(
+    expected: Outputs,
+    rows: Mapping[str, RowMask],
+    scales: Mapping[str, ErrorScale],
+    *,
+    alpha: float = FALSE_ALARM_RATE,
+    group_size: int = 1,
+) -> tuple[str, ...]:
+    """Return the outputs that zeros would pass for: the case says nothing about them.
+
+    Takes what `judge_outputs` takes, but for a subject's outputs.
+    """
+    zeros = {name: np.zeros_like(values) for name, values in expected.items()}
+    found = judge_outputs(zeros, expected, rows, scales, alpha=alpha, group_size=group_size)
+    told = {statistic.output for statistic in found.statistics if statistic.ratio > 1}
+    return tuple(name for name in expected if name not in told)
+
+
+def _power(scales: Mapping[str, ErrorScale], alpha: float) -> dict[str, float]:
+    """Return the smallest error found of each parameter, over the outputs that show it."""
+    power: dict[str, float] = {}
+    for test in (test for scale in scales.values() for test in scale.score_tests):
+        key = f"{test.name} [{test.unit}]" if test.unit else test.name
+        power[key] = min(power.get(key, math.inf), test.detectable(alpha))
+    return power
+
+
+def statistic_count(
+    rows: Mapping[str, RowMask], scales: Mapping[str, ErrorScale], group_size: int
+) -> int:
+    """Return how many statistics with a chance of false alarm a case has."""
+    return sum(
+        3
+        + len(row_groups(rows[name].shape, group_size if name == "output" else 1))
+        + len(scale.score_tests)
+        for name, scale in scales.items()
     )
 
 
 def _judge_output(
-    name: str, error: Array, counted: RowMask, scale: ErrorScale, alpha: float
+    name: str,
+    error: Array,
+    counted: RowMask,
+    scale: ErrorScale,
+    alpha: float,
+    group_size: int,
 ) -> tuple[list[Statistic], tuple[int, ...]]:
     noisy = counted & (scale.row_sigma > 0)
     exact = counted & ~noisy
+    error = np.where(counted[..., None], error, 0.0)  # padded rows may hold NaN
     z = np.zeros_like(error)
     np.divide(error, scale.sigma, out=z, where=noisy[..., None] & (scale.sigma > 0))
     z[exact] = np.where(error[exact] == 0, 0.0, np.inf)
@@ -109,27 +173,34 @@ def _judge_output(
             )
         )
     if noisy.any():
-        statistics += _noisy_statistics(name, error, z, noisy, scale, alpha)
+        mean_square = np.zeros(noisy.shape)
+        variance = np.square(scale.row_sigma)
+        np.divide(np.square(error).mean(axis=-1), variance, mean_square, where=noisy)
+        statistics += _noisy_statistics(name, mean_square, z, noisy, scale, alpha)
+        for group in row_groups(noisy.shape, group_size):
+            statistics.append(_group_statistic(name, group, mean_square, noisy, scale, alpha))
+        statistics += [test.statistic(error, alpha) for test in scale.score_tests]
     return statistics, element
 
 
 def _noisy_statistics(
-    name: str, error: Array, z: Array, noisy: RowMask, scale: ErrorScale, alpha: float
+    name: str, mean_square: Array, z: Array, noisy: RowMask, scale: ErrorScale, alpha: float
 ) -> list[Statistic]:
-    mean_square = np.zeros(noisy.shape)
-    np.divide(np.square(error).mean(axis=-1), np.square(scale.row_sigma), mean_square, where=noisy)
     magnitude = np.where(noisy[..., None], np.abs(z), 0.0)
-    row_runs = scale.row_squares[:, noisy]
-    count = int(np.count_nonzero(noisy))
+    drawn = noisy if scale.sampled is None else noisy & scale.sampled
+    row_runs = scale.row_squares[:, drawn]
+    count, seen = int(np.count_nonzero(noisy)), int(np.count_nonzero(drawn))
     runs = len(row_runs) - 1
-    elements = count * error.shape[-1]
-    centre = float(row_runs[:-1].mean())
+    base = float(row_runs[:-1].mean())
+    elements = count * z.shape[-1]
     return [
         Statistic(
             output=name,
             name="magnitude",
             value=float(magnitude.max()),
-            limit=math.sqrt(tail_limit(scale.largest_square, 0.0, elements, alpha)),
+            limit=math.sqrt(
+                tail_limit(scale.largest_square, 0.0, elements, alpha, seen * z.shape[-1])
+            ),
             derivation=f"largest |z| of {runs} Monte Carlo runs x {elements} elements, tail "
             f"continued to {alpha:.1e}",
             where=_index(np.argmax(magnitude), magnitude.shape),
@@ -138,7 +209,7 @@ def _noisy_statistics(
             output=name,
             name="row spread",
             value=math.sqrt(float(mean_square.max())),
-            limit=math.sqrt(tail_limit(row_runs.max(axis=1), centre, count, alpha)),
+            limit=math.sqrt(tail_limit(row_runs.max(axis=1), base, count, alpha, seen)),
             derivation=f"largest row RMS of z of {runs} Monte Carlo runs x {count} rows, tail "
             f"continued to {alpha:.1e}",
             where=_index(np.argmax(mean_square), mean_square.shape),
@@ -147,25 +218,53 @@ def _noisy_statistics(
             output=name,
             name="spread",
             value=math.sqrt(float(mean_square[noisy].mean())),
-            limit=math.sqrt(tail_limit(row_runs.mean(axis=1), centre, 1, alpha)),
+            limit=math.sqrt(tail_limit(row_runs.mean(axis=1), base, 1, alpha)),
             derivation=f"largest overall RMS of z of {runs} Monte Carlo runs, tail continued to "
             f"{alpha:.1e}",
         ),
     ]
 
 
-def tail_limit(squares: Array, base: float, count: int, alpha: float) -> float:
+def _group_statistic(
+    name: str,
+    group: RowGroup,
+    mean_square: Array,
+    noisy: RowMask,
+    scale: ErrorScale,
+    alpha: float,
+) -> Statistic:
+    found = group.means(mean_square, noisy)
+    sampled = noisy if scale.sampled is None else noisy & scale.sampled
+    drawn = np.stack([group.means(run, sampled) for run in scale.row_squares])
+    runs, count = len(drawn) - 1, len(found)
+    base = float(scale.row_squares[:-1, sampled].mean())
+    worst = int(np.argmax(found))
+    return Statistic(
+        output=name,
+        name=f"{group.name} spread",
+        value=math.sqrt(float(found[worst])),
+        limit=math.sqrt(tail_limit(drawn.max(axis=1), base, count, alpha, drawn.shape[1])),
+        derivation=f"largest RMS of z over a {group.name} of {runs} Monte Carlo runs x {count}, "
+        f"tail continued to {alpha:.1e}",
+        where=group.first(worst, noisy),
+    )
+
+
+def tail_limit(
+    squares: Array, base: float, count: int, alpha: float, seen: int | None = None
+) -> float:
     """Continue the tail of a squared statistic from what the runs have seen to level `alpha`.
 
     Args:
         squares: the statistic's largest square of each Monte Carlo run, and of the run that
             rounds to nearest.
         base: its expectation under the model, from which the tail is measured.
-        count: values each run drew it from.
+        count: values it is drawn from.
         alpha: chance with which a correct subject may exceed the limit.
+        seen: values each run drew it from, if those were fewer.
     """
-    runs = len(squares) - 1
-    reach = 1.0 + math.log(runs / alpha) / math.log(max(runs * count, 2))
+    runs, seen = len(squares) - 1, count if seen is None else seen
+    reach = 1.0 + math.log(runs / alpha * count / seen) / math.log(max(runs * seen, 2))
     return base + max(float(squares.max()) - base, 0.0) * reach
 
 

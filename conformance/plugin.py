@@ -15,10 +15,11 @@ import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
+from conformance.false_alarms import DEFAULT_RATE, FalseAlarms
 from reports.records import CaseRecord, case_from_dict, case_to_dict, write_results
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from conformance.subjects import Subject
 
 _RECORD = "conformance_record"
-_RESOLVED = pytest.StashKey["tuple[Subject, list[Case]]"]()
+_RESOLVED = pytest.StashKey["Plan"]()
 _PACKAGES = ("numpy", "scipy", "torch", "torch-neuronx", "ml_dtypes", "pytest", "attn-conformance")
 
 
@@ -65,6 +66,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME",
         help="features, core or presets; repeatable (default: all the subject takes)",
     )
+    group.addoption(
+        "--false-alarm-rate",
+        type=float,
+        default=DEFAULT_RATE,
+        metavar="RATE",
+        help="chance that a correct subject fails any case of the run (default: %(default)g)",
+    )
+    group.addoption(
+        "--cases-in-run",
+        type=int,
+        default=None,
+        metavar="N",
+        help="cases that share that chance, to judge some again (default: those selected)",
+    )
+    group.addoption(
+        "--exact-rules",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="call the subject again with changes that must change no bit (default: auto, for "
+        "features and core beyond the smoke tier)",
+    )
     group.addoption("--results", default=None, metavar="PATH", help="write records as JSON Lines")
     group.addoption("--report", default=None, metavar="PATH", help="write the HTML report")
 
@@ -77,8 +99,22 @@ def pytest_configure(config: pytest.Config) -> None:
         resolve(config)
 
 
-def resolve(config: pytest.Config) -> tuple[Subject, list[Case]]:
-    """Return the subject and the cases that the options ask for, worked out once a session.
+class Plan(NamedTuple):
+    """What a session is to judge.
+
+    Attributes:
+        subject: what to judge.
+        cases: what to judge it on.
+        alarms: the run's chance of a false alarm, shared by those cases.
+    """
+
+    subject: Subject
+    cases: list[Case]
+    alarms: FalseAlarms
+
+
+def resolve(config: pytest.Config) -> Plan:
+    """Return what the options ask for, worked out once a session.
 
     Raises:
         pytest.UsageError: an option names something unknown; one sentence, no traceback.
@@ -98,9 +134,13 @@ def resolve(config: pytest.Config) -> tuple[Subject, list[Case]]:
                 model=config.getoption("model"),
                 ids=config.getoption("case"),
             )
+            alarms = FalseAlarms(
+                rate=config.getoption("false_alarm_rate"),
+                cases=config.getoption("cases_in_run") or max(len(cases), 1),
+            )
         except UsageError as error:
             raise pytest.UsageError(str(error)) from None
-        config.stash[_RESOLVED] = subject, cases
+        config.stash[_RESOLVED] = Plan(subject, cases, alarms)
     return config.stash[_RESOLVED]
 
 
@@ -135,7 +175,7 @@ class _Recorder:
         from reports.html import write_report
         from reports.records import Results
 
-        environment = describe_environment(self._config, self._started)
+        environment = describe_environment(self._config, self._started, len(self._records))
         records = sorted(self._records, key=lambda record: (record.suite, record.case_id))
         if results:
             write_results(Path(results), environment, records)
@@ -143,10 +183,16 @@ class _Recorder:
             write_report(Results(environment=environment, cases=tuple(records)), Path(report))
 
 
-def describe_environment(config: pytest.Config, started: float) -> dict[str, Any]:
-    """Return what a reader needs to know about the machine and the run."""
-    from conformance.judge import FALSE_ALARM_RATE
+def describe_environment(config: pytest.Config, started: float, judged: int) -> dict[str, Any]:
+    """Return what a reader needs to know about the machine and the run.
 
+    Args:
+        config: the session's options.
+        started: when it began, seconds since the epoch.
+        judged: number of cases.
+    """
+    rate = config.getoption("false_alarm_rate")
+    alarms = FalseAlarms(rate=rate, cases=config.getoption("cases_in_run") or max(judged, 1))
     return {
         "command": os.environ.get("ATTN_CONFORMANCE_COMMAND", shlex.join(_command_line())),
         "subject": config.getoption("subject"),
@@ -158,7 +204,7 @@ def describe_environment(config: pytest.Config, started: float) -> dict[str, Any
         "machine": platform.machine(),
         "cpu_count": os.cpu_count() or 0,
         "packages": dict(_versions()),
-        "false_alarm_rate": f"{FALSE_ALARM_RATE:.0e} per case",
+        "false_alarm_rate": str(alarms),
     }
 
 

@@ -16,12 +16,22 @@ import torch
 
 import golden
 from conformance.cases import PHASE_NAMES, Case
-from conformance.error_model import MANY_RUNS, Outputs, fewest_runs, predict_scale
+from conformance.directions import directions
+from conformance.error_model import (
+    MANY_RUNS,
+    ErrorScale,
+    Outputs,
+    fewest_runs,
+    predict_scale,
+)
+from conformance.exact_rules import Subjected, exact_statistics
 from conformance.expected import Inputs, Reference, kept_slots, reference, written
+from conformance.false_alarms import STANDARD, FalseAlarms
 from conformance.inputs import CoreInputs, LayerInputs, draw_core, draw_layer
-from conformance.judge import Judgement, judge_outputs
+from conformance.judge import Judgement, judge_outputs, zeros_pass
 from conformance.precision import PrecisionProfile, profile_named
 from conformance.real_models import real_layer_inputs
+from conformance.sampled_rows import is_long, predict_sampled
 from conformance.subjects.base import CoreCall, LayerCall, LayerOutput, Subject, Unsupported
 from golden import Array
 from reports.records import CaseRecord, Statistic
@@ -45,37 +55,6 @@ class _Clock:
             self.seconds[step] = round(spent, 4)
 
 
-def _judge(
-    case: Case,
-    profile: PrecisionProfile,
-    expected: Reference,
-    observed: Outputs,
-    kept: tuple[Statistic, ...],
-    clock: _Clock,
-) -> Judgement:
-    """Judge with few Monte Carlo runs, and before finding anything wrong with many.
-
-    Few runs may know a row's error scale too little where it has few degrees of freedom; a
-    finding that many runs do not share is theirs, not the subject's.
-    """
-    runs = fewest_runs(expected.outputs)
-    while True:
-        with clock.timing("error model"):
-            scales = predict_scale(
-                expected.evaluate,
-                expected.outputs,
-                expected.rows,
-                profile,
-                seed=zlib.crc32(case.id.encode()),
-                runs=runs,
-            )
-        with clock.timing("judge"):
-            judgement = judge_outputs(observed, expected.outputs, expected.rows, scales, extra=kept)
-        if judgement.conforms or runs == MANY_RUNS:
-            return judgement
-        runs = MANY_RUNS
-
-
 def inputs_of(case: Case) -> Inputs:
     """Return the inputs of a case: drawn, or a real model's own."""
     if case.regime == "prompt":
@@ -83,12 +62,16 @@ def inputs_of(case: Case) -> Inputs:
     return draw_core(case) if case.scope == "core" else draw_layer(case)
 
 
-def judge_case(case: Case, subject: Subject) -> CaseRecord:
+def judge_case(
+    case: Case, subject: Subject, *, alarms: FalseAlarms = STANDARD, exact_rules: bool = False
+) -> CaseRecord:
     """Judge a subject on a case.
 
     Args:
         case: what to judge it on.
         subject: what to judge.
+        alarms: chance of a false alarm, and the number of cases that share it.
+        exact_rules: whether to call the subject again with changes that must change no bit.
 
     Returns:
         The record; a failure of the subject, even a crash, is a verdict and not an exception.
@@ -101,7 +84,7 @@ def judge_case(case: Case, subject: Subject) -> CaseRecord:
     if subject.scope != case.scope:
         reason = f"{subject.name} takes cases of scope {subject.scope!r}, this is {case.scope!r}"
     if reason is not None:
-        return _record(case, subject, profile, "UNSUPPORTED", reason, {})
+        return _record(case, subject, profile, alarms, "UNSUPPORTED", reason, {})
     clock = _Clock()
     with clock.timing("golden"):
         inputs = inputs_of(case)
@@ -110,19 +93,87 @@ def judge_case(case: Case, subject: Subject) -> CaseRecord:
         with clock.timing("subject"):
             returned = subject.function(call_of(case, inputs))
         observed, kept = _observe(returned, case, inputs, expected)
+        _check_finite(observed, expected)
     except Unsupported as error:
-        return _record(case, subject, profile, "UNSUPPORTED", str(error), clock.seconds)
+        return _record(case, subject, profile, alarms, "UNSUPPORTED", str(error), clock.seconds)
     except Malformed as error:
-        return _record(case, subject, profile, "MALFORMED", str(error), clock.seconds)
+        return _record(case, subject, profile, alarms, "MALFORMED", str(error), clock.seconds)
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
         return _record(
-            case, subject, profile, "CRASHED", message, clock.seconds, text=traceback.format_exc()
+            case,
+            subject,
+            profile,
+            alarms,
+            "CRASHED",
+            message,
+            clock.seconds,
+            text=traceback.format_exc(),
         )
-    judgement = _judge(case, profile, expected, observed, kept, clock)
+    groups = case.config.group_size if case.scope == "core" else 1
+    alpha, runs = alarms.per_case, fewest_runs(expected.outputs)
+    while True:
+        with clock.timing("error model"):
+            scales = predicted(case, inputs, expected, profile, runs=runs)
+        with clock.timing("judge"):
+            compared = (expected.outputs, expected.rows, scales)
+            judgement = judge_outputs(
+                observed, *compared, alpha=alpha, group_size=groups, extra=kept
+            )
+        if judgement.conforms or runs == MANY_RUNS:
+            break
+        # few runs may know a row's error scale too little; a finding takes many
+        runs = MANY_RUNS
+    vacuous = zeros_pass(*compared, alpha=alpha, group_size=groups)
+    if exact_rules:
+        with clock.timing("exact rules"):
+            again = Subjected(
+                call_of=lambda changed: call_of(case, changed),
+                run=lambda call, changed: _observe(subject.function(call), case, changed, expected)[
+                    0
+                ],
+                conforms=lambda outputs: (
+                    judge_outputs(outputs, *compared, alpha=alpha, group_size=groups).conforms
+                ),
+                disclaims=subject.disclaims,
+            )
+            judgement = judgement.with_statistics(
+                exact_statistics(case, inputs, observed, expected.rows, again)
+            )
     verdict = "CONFORMS" if judgement.conforms else "DEVIATES"
     return _record(
-        case, subject, profile, verdict, judgement.reason, clock.seconds, judgement=judgement
+        case,
+        subject,
+        profile,
+        alarms,
+        verdict,
+        judgement.reason,
+        clock.seconds,
+        judgement=judgement,
+        vacuous=vacuous,
+        exact_rules=exact_rules,
+    )
+
+
+def predicted(
+    case: Case, inputs: Inputs, expected: Reference, profile: PrecisionProfile, *, runs: int
+) -> Mapping[str, ErrorScale]:
+    """Predict the error scale of every output of a case, a long one from some of its rows."""
+    seed = zlib.crc32(case.id.encode())
+    if isinstance(inputs, CoreInputs) and is_long(case, inputs, profile) and runs < MANY_RUNS:
+        scales = predict_sampled(case, inputs, expected, profile, seed=seed)
+        if scales is not None:
+            return scales
+    return predict_scale(
+        expected.evaluate,
+        expected.outputs,
+        expected.rows,
+        profile,
+        seed=seed,
+        runs=runs,
+        directions=directions(case, inputs, expected),
+        # a kernel's rows round nothing in common but exp's error, a function of its argument
+        independent_rows=case.scope == "core" and case.dtype != profile.accumulation,
     )
 
 
@@ -166,11 +217,11 @@ def call_of(case: Case, inputs: Inputs) -> CoreCall | LayerCall:
 def _observe(
     returned: Any, case: Case, inputs: Inputs, expected: Reference
 ) -> tuple[Outputs, tuple[Statistic, ...]]:
-    """Turn what a subject returned into float64 arrays, refusing what is malformed."""
+    """Turn what a subject returned into float64 arrays, refusing wrong shapes and dtypes."""
     wanted = {name: values.shape for name, values in expected.outputs.items()}
     if isinstance(inputs, CoreInputs):
         output = _array("output", returned, wanted["output"], case.dtype)
-        return _finite({"output": output}, expected), ()
+        return {"output": output}, ()
     if not isinstance(returned, LayerOutput):
         raise Malformed(f"a layer must return a LayerOutput, got {type(returned).__name__}")
     observed = {"output": _array("output", returned.output, wanted["output"], case.dtype)}
@@ -184,7 +235,7 @@ def _observe(
         observed["k_cache"] = written(k, inputs.position_ids)
         observed["v_cache"] = written(v, inputs.position_ids)
         kept = _kept(k, v, inputs)
-    return _finite(observed, expected), kept
+    return observed, kept
 
 
 def _array(name: str, value: Any, shape: tuple[int, ...], dtype: str) -> Array:
@@ -198,7 +249,7 @@ def _array(name: str, value: Any, shape: tuple[int, ...], dtype: str) -> Array:
     return array
 
 
-def _finite(observed: dict[str, Array], expected: Reference) -> Outputs:
+def _check_finite(observed: Outputs, expected: Reference) -> None:
     for name, values in observed.items():
         bad = ~np.isfinite(values) & expected.rows[name][..., None]
         if bad.any():
@@ -208,7 +259,6 @@ def _finite(observed: dict[str, Array], expected: Reference) -> Outputs:
                 f"{expected.outputs[name][index]:.4g}; {np.count_nonzero(bad)} of {values.size} "
                 "values are not finite"
             )
-    return observed
 
 
 def _kept(k: Array, v: Array, inputs: LayerInputs) -> tuple[Statistic, ...]:
@@ -230,21 +280,27 @@ def _kept(k: Array, v: Array, inputs: LayerInputs) -> tuple[Statistic, ...]:
     return tuple(found)
 
 
-def reproduce_command(case: Case, subject: Subject) -> str:
-    """Return the command that judges this case again."""
+def reproduce_command(
+    case: Case, subject: Subject, alarms: FalseAlarms, exact_rules: bool = False
+) -> str:
+    """Return the command that judges this case again, by the same limits."""
     words = ["attn-conformance", "run", "--subject", subject.name, "--case", case.id]
-    return shlex.join([*words, "--profile", subject.profile])
+    words += ["--profile", subject.profile, *alarms.options()]
+    return shlex.join([*words, *(("--exact-rules", "on") if exact_rules else ())])
 
 
 def _record(
     case: Case,
     subject: Subject,
     profile: PrecisionProfile,
+    alarms: FalseAlarms,
     verdict: str,
     reason: str,
     seconds: Mapping[str, float],
     *,
     judgement: Judgement | None = None,
+    vacuous: tuple[str, ...] = (),
+    exact_rules: bool = False,
     text: str = "",
 ) -> CaseRecord:
     return CaseRecord(
@@ -267,7 +323,9 @@ def _record(
         reason=reason,
         statistics=judgement.statistics if judgement else (),
         worst=judgement.worst if judgement else None,
-        reproduce=reproduce_command(case, subject),
+        reproduce=reproduce_command(case, subject, alarms, exact_rules),
         seconds=dict(seconds),
         traceback=text,
+        power=judgement.power if judgement else {},
+        vacuous=vacuous,
     )

@@ -104,6 +104,8 @@ class CaseRecord:
         reproduce: command that judges this case again.
         seconds: time by step (`golden`, `error model`, `subject`, `judge`).
         traceback: the subject's traceback when it crashed.
+        power: smallest error of each parameter that the case would find, `parameter [unit]`.
+        vacuous: outputs of which the case could not tell zeros from the truth.
     """
 
     case_id: str
@@ -127,6 +129,8 @@ class CaseRecord:
     reproduce: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
     traceback: str = ""
+    power: Mapping[str, float] = field(default_factory=dict)
+    vacuous: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.verdict not in VERDICTS:
@@ -210,6 +214,9 @@ def case_from_dict(data: Mapping[str, Any]) -> CaseRecord:
             )
             for item in fields["statistics"]
         )
+        power = fields.get("power", {})
+        fields["power"] = {name: float(value) for name, value in power.items()}
+        fields["vacuous"] = tuple(fields.get("vacuous", ()))
         worst = fields["worst"]
         if worst is not None:
             numbers = ("observed", "expected", "error", "sigma", "z")

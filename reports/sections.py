@@ -55,6 +55,14 @@ def blocks(case: CaseRecord) -> Iterator[Block]:
         yield _worst(case.worst)
     if case.statistics:
         yield _statistics(case.statistics)
+    if case.power:
+        found = tuple((name, number(size)) for name, size in case.power.items())
+        yield Facts(title="Smallest error found", pairs=found)
+    if case.vacuous:
+        yield Facts(
+            title="Vacuous",
+            pairs=tuple((output, "zeros would pass here too") for output in case.vacuous),
+        )
     if case.traceback:
         yield Code(title="Traceback", text=cut(case.traceback, LONGEST_TRACEBACK))
     if case.reproduce:

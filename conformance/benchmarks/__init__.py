@@ -1,1 +1,1 @@
-"""How fast the golden model is, and how much memory it takes, against its peers."""
+"""What `attn-conformance bench` runs: golden's speed against its peers, and acceptance rules."""

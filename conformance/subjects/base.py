@@ -18,6 +18,9 @@ from conformance.errors import UsageError
 from conformance.precision import PROFILES
 from golden import AttentionConfig
 
+EXACT_RULES = ("repeated run", "other strides", "masked values", "masked NaN", "batch mates")
+"""Changes of a call that must change no bit; see `conformance.exact_rules`."""
+
 
 class Unsupported(Exception):
     """Raised by a subject that does not claim to do what a case asks; its text says what."""
@@ -110,6 +113,7 @@ class Subject:
         scope: which of the two.
         profile: name of the precision profile it claims (`conformance.precision.PROFILES`).
         unsupported: returns why a case is not claimed, None when it is.
+        disclaims: exact rules (`conformance.exact_rules`) that it does not claim to keep.
     """
 
     name: str
@@ -117,10 +121,15 @@ class Subject:
     scope: Scope = "core"
     profile: str = "eager"
     unsupported: Callable[[Case], str | None] = lambda case: None
+    disclaims: tuple[str, ...] = ("masked NaN",)
 
     def __post_init__(self) -> None:
         if self.scope not in ("core", "layer"):
             raise UsageError(f"scope must be 'core' or 'layer', got {self.scope!r}")
+        if unknown := sorted(set(self.disclaims) - set(EXACT_RULES)):
+            raise UsageError(
+                f"disclaims must be among {', '.join(EXACT_RULES)}, got {', '.join(unknown)}"
+            )
         if self.profile not in PROFILES:
             raise UsageError(f"profile must be one of {', '.join(PROFILES)}, got {self.profile!r}")
 
@@ -130,6 +139,7 @@ def subject(
     scope: Scope = "core",
     profile: str = "eager",
     unsupported: Callable[[Case], str | None] | None = None,
+    disclaims: tuple[str, ...] = ("masked NaN",),
 ) -> Callable[[F], F]:
     """Say what a function under test takes and claims.
 
@@ -137,10 +147,11 @@ def subject(
         scope: `core` for a function of a `CoreCall`, `layer` for one of a `LayerCall`.
         profile: name of the precision profile it claims.
         unsupported: returns why a case is not claimed, None when it is.
+        disclaims: exact rules that it does not claim to keep.
     """
 
     def mark(function: F) -> F:
-        claims: dict[str, Any] = {"scope": scope, "profile": profile}
+        claims: dict[str, Any] = {"scope": scope, "profile": profile, "disclaims": disclaims}
         if unsupported is not None:
             claims["unsupported"] = unsupported
         Subject(name="check", function=function, **claims)

@@ -5,14 +5,22 @@ from __future__ import annotations
 import pytest
 
 from conformance.cases import Case
+from conformance.false_alarms import FalseAlarms
 from conformance.plugin import attach
 from conformance.runner import judge_case
 from conformance.subjects import Subject
 
 
-def test_subject_conforms(case: Case, subject: Subject, request: pytest.FixtureRequest) -> None:
+def test_subject_conforms(
+    case: Case, subject: Subject, alarms: FalseAlarms, request: pytest.FixtureRequest
+) -> None:
     """Judge one case; the record goes to the results whatever the verdict."""
-    record = judge_case(case, subject)
+    option = request.config.getoption("exact_rules")
+    beyond_smoke = request.config.getoption("tier") != "smoke"
+    exact = option == "on" or (
+        option == "auto" and beyond_smoke and case.suite in ("features", "core")
+    )
+    record = judge_case(case, subject, alarms=alarms, exact_rules=exact)
     attach(request, record)
     if record.verdict == "UNSUPPORTED":
         pytest.skip(f"UNSUPPORTED: {record.reason}")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from conformance.error_model import (
-    _EXCESS,
+    EXCESS,
     FEW_RUNS,
     MANY_RUNS,
     Dither,
@@ -75,8 +75,8 @@ def test_dither_injects_the_stated_multiple_of_the_error_of_rounding_to_nearest(
     nearest = np.square(Nearest(claims)("q_rope", x) - x).mean()
     dithered = np.square(Dither(claims, np.random.default_rng(1))("q_rope", x) - x).mean()
     # 1 + 4 a**2 with a = 1/2 - 1/16; both means of 400,000 squares are known to about 0.2 %
-    assert pytest.approx(1 + 4 * (1 / 2 - 1 / 16) ** 2) == _EXCESS**2
-    assert dithered / nearest == pytest.approx(_EXCESS**2, rel=0.01)
+    assert pytest.approx(1 + 4 * (1 / 2 - 1 / 16) ** 2) == EXCESS**2
+    assert dithered / nearest == pytest.approx(EXCESS**2, rel=0.01)
 
 
 def test_dither_never_sends_a_value_to_a_neighbour_nearly_a_gap_away() -> None:

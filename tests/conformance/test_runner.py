@@ -196,7 +196,8 @@ def test_a_case_judged_twice_gives_the_same_record(case: Case) -> None:
 def test_record_names_the_command_that_judges_the_case_again() -> None:
     record = runner.judge_case(PREFILL, load_subject("impl"))
     assert record.reproduce == (
-        f"attn-conformance run --subject impl --case {PREFILL.id} --profile native"
+        f"attn-conformance run --subject impl --case {PREFILL.id} --profile native "
+        "--cases-in-run 1000"
     )
 
 

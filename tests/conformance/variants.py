@@ -46,11 +46,11 @@ def shared_work() -> Iterator[None]:
             latest[case] = expected.reference(case, inputs)
         return latest[case]
 
-    def predict(*arguments: Any, seed: int, runs: int) -> Mapping[str, ErrorScale]:
+    def predict(*arguments: Any, seed: int, runs: int, **rest: Any) -> Mapping[str, ErrorScale]:
         profile: PrecisionProfile = arguments[3]
         key = (profile.name, seed, runs)
         if key not in known:
-            known[key] = predict_scale(*arguments, seed=seed, runs=runs)
+            known[key] = predict_scale(*arguments, seed=seed, runs=runs, **rest)
         return known[key]
 
     with mock.patch.multiple(

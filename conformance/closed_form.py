@@ -1,0 +1,162 @@
+"""The error variance of the attention core in closed form, to first order in its roundings.
+
+With `p` the weights, `o` the output, `var_s` the variance of a score (with the relative variance of
+its exponential), `var_p` that of a weight as the product with the values reads it, `var_l` that of
+the denominator and `var_o` that of storing the output::
+
+    sigma**2 = sum_j p_j**2 var_s_j (v_j - o)**2 + sum_j var_p_j v_j**2 + var_l / l**2 o**2 + var_o
+
+A stage adds the variance that the Monte Carlo runs give it: half that of stochastic rounding.
+Errors of sums are left out, and so are stages stored as precisely as sums are accumulated: below
+the roundings of a coarser output by 2**-13 and more. From the same stages come the derivatives of
+the output with respect to what moves scores, `do = sum_j p_j h_j (v_j - o)`, and to a sink.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from conformance.error_model import Evaluate
+from conformance.precision import PrecisionProfile
+from golden import FORMATS, Accumulation, Array, AttentionConfig
+from golden.attention import grouped_matmul
+from golden.formats import Format
+
+_CANCELLED = 2.0**-48
+"""Share of a sum of squares below which the square of a difference is roundoff."""
+
+
+class ClosedForm(NamedTuple):
+    """What one evaluation of golden tells about every element.
+
+    Attributes:
+        variance: of each element's error, shaped like the output.
+        scale: derivative of the output with respect to the logarithm of the softmax scale.
+        softcap: likewise the soft cap; None without.
+        sink: with respect to a common shift of all sinks; zero without.
+    """
+
+    variance: Array
+    scale: Array
+    softcap: Array | None
+    sink: Array
+
+
+@dataclass(slots=True)
+class _Stages:
+    """Observer that follows the variance of scores and weights from stage to stage."""
+
+    profile: PrecisionProfile
+    config: AttentionConfig
+    seen: dict[str, Array] = field(default_factory=dict)
+    scores: Array | float = 0.0
+    weights: Array | float = 0.0
+
+    def __call__(
+        self, stage: str, value: Array, accumulation: Accumulation | None = None, /
+    ) -> Array:
+        added, cap = self.stored(stage, value), self.config.softcap
+        if stage == "qk":
+            self.scores = added * self.config.softmax_scale**2
+        elif stage in ("scores", "shifted_scores"):
+            self.scores = self.scores + added
+        elif stage == "softcap_ratio" and cap is not None:
+            self.scores = self.scores / cap**2 + added
+        elif stage == "softcap_tanh":
+            self.scores = self.scores * np.square(1.0 - np.square(value)) + added
+        elif stage == "softcap" and cap is not None:
+            self.scores = self.scores * cap**2 + added
+        elif stage == "exp" and np.ndim(added):
+            added = added + np.square(self.profile.exp_ulps * self._ulp(stage, value)) / 3
+            relative = np.divide(added, np.square(value), out=np.zeros_like(value), where=value > 0)
+            self.scores = self.scores + relative
+        elif stage == "unnormalised_weights":
+            self.weights = added / np.square(np.where(self._total > 0, self._total, 1.0))
+        elif stage == "weights":
+            self.weights = self.weights + added
+        if stage in ("scores", "softcap_tanh", "denominator", "weights", "attn"):
+            self.seen[stage] = value
+        return value
+
+    @property
+    def _total(self) -> Array:
+        return self.seen["denominator"]
+
+    def _ulp(self, stage: str, value: Array) -> Array:
+        return FORMATS[self.profile.stores[stage]].ulp(value)
+
+    def stored(self, stage: str, value: Array) -> Array | float:
+        """Return the variance of storing a stage; 0 where it is as fine as sums are."""
+        stored = self.profile.stores.get(stage, self.profile.accumulation)
+        if FORMATS[stored].precision >= FORMATS[self.profile.accumulation].precision:
+            return 0.0
+        return rounding_variance(FORMATS[stored], value)
+
+
+def rounding_variance(form: Format, x: Array) -> Array:
+    """Return `(x - lower)(upper - x) / 2`, its neighbours in a format on either side.
+
+    That is half the variance of stochastic rounding. Infinity gives 0. Subnormals of float16 have
+    their fixed gap; those of bfloat16 are left to the gap of normal numbers, 2**-252 at most.
+    """
+    drop = np.uint64(53 - form.precision)
+    variance = np.zeros_like(x)
+    told = (x != 0.0) & np.isfinite(x)  # half the weights are masked: zeros cost most of the time
+    values = x[told]
+    low = values.view(np.uint64) >> drop << drop
+    upper = (low + (np.uint64(1) << drop)).view(np.float64)
+    variance[told] = (values - low.view(np.float64)) * (upper - values) / 2
+    if form.min_exponent > -126:
+        tiny = np.abs(x) < 2.0**form.min_exponent
+        gap = 2.0 ** (form.min_exponent - (form.precision - 1))
+        part = x[tiny] / gap - np.floor(x[tiny] / gap)
+        variance[tiny] = part * (1.0 - part) * gap**2 / 2
+    return variance
+
+
+def closed_form(
+    evaluate: Evaluate, v: Array, config: AttentionConfig, profile: PrecisionProfile
+) -> ClosedForm:
+    """Evaluate the closed form on a case of scope `core`.
+
+    Args:
+        evaluate: runs golden; called with `observe=`.
+        v: values, `(batch, num_key_value_heads, kv_len, head_dim)`.
+        config: the layer.
+        profile: what the subject claims; its output is coarser than its sums.
+    """
+    stages = _Stages(profile, config)
+    evaluate(observe=stages)
+    p, o = stages.seen["weights"], stages.seen["attn"]
+    total = stages.seen["denominator"]
+    variance = np.zeros_like(o) + stages.stored("attn", o)
+    squared = np.square(v)
+    if np.ndim(stages.scores):
+        moved = np.square(p) * stages.scores
+        raw = grouped_matmul(moved, squared)
+        part = raw - 2 * o * grouped_matmul(moved, v)
+        part += np.square(o) * moved.sum(axis=-1, keepdims=True)
+        variance += np.where(part > _CANCELLED * raw, part, 0.0)  # one key: v - o is 0
+    if np.ndim(stages.weights):
+        variance += grouped_matmul(np.asarray(stages.weights), squared)
+    stored_total = stages.stored("denominator", total)
+    if np.ndim(stored_total):
+        variance += stored_total / np.square(np.where(total > 0, total, 1.0)) * np.square(o)
+
+    def moved_by(h: Array) -> Array:
+        weighted = p * h
+        moved: Array = grouped_matmul(weighted, v) - o * weighted.sum(axis=-1, keepdims=True)
+        return moved
+
+    x, cap = stages.seen["scores"], config.softcap
+    by_cap = None
+    slope = x
+    if cap is not None:
+        ratio = stages.seen["softcap_tanh"]
+        slope = x * (1.0 - np.square(ratio))
+        by_cap = moved_by(cap * ratio - slope)
+    sink = -o * (1.0 - p.sum(axis=-1, keepdims=True)) if config.learned_sinks_size else 0 * o
+    return ClosedForm(np.maximum(variance, 0.0), moved_by(slope), by_cap, sink)

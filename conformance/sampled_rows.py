@@ -1,0 +1,123 @@
+"""The error scale of long cases of scope `core`: closed form, limits from some of the rows.
+
+Monte Carlo runs of all rows cost a dozen evaluations of golden. Rows of the core err independently,
+so the closed form gives every row's variance, the runs evaluate every `STRIDE`-th query alone, and
+what they give over the closed form's variance is the null distribution of the statistics, its tail
+continued to all rows. Should the two disagree on the sampled rows, the long way is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from conformance.cases import Case
+from conformance.closed_form import ClosedForm, closed_form
+from conformance.directions import output_shifts
+from conformance.error_model import (
+    EXCESS,
+    FEW_RUNS,
+    Dither,
+    ErrorScale,
+    nearest_runs,
+    ratio,
+    weighing,
+)
+from conformance.expected import Inputs, Reference
+from conformance.inputs import CoreInputs
+from conformance.precision import PrecisionProfile
+from conformance.score_tests import Direction, sampled_score_tests
+from golden import FORMATS, Array
+
+STRIDE = 16
+"""Queries of which one is evaluated by the Monte Carlo runs."""
+LONG = 1 << 24
+"""Scores from which on a case is long: 4 heads of 2,048 tokens."""
+AGREEMENT = 0.05
+"""Share by which the runs' variance may differ from the closed form's, rows pooled."""
+
+
+def is_long(case: Case, inputs: Inputs, profile: PrecisionProfile) -> bool:
+    """Tell whether a case is judged by sampled rows.
+
+    Not where values repeat, since the bias of rounding to nearest needs all rows to be seen; nor
+    where sums are stored as precisely as they are accumulated, which the closed form leaves out.
+    """
+    if not isinstance(inputs, CoreInputs) or case.regime == "integers":
+        return False
+    stored = FORMATS[profile.stores.get("attn", "float64")]
+    if stored.precision >= FORMATS[profile.accumulation].precision:
+        return False
+    batch, heads, q_len = inputs.q.shape[:3]
+    return int(batch * heads * q_len * inputs.k.shape[2]) >= LONG
+
+
+def predict_sampled(
+    case: Case, inputs: CoreInputs, expected: Reference, profile: PrecisionProfile, *, seed: int
+) -> dict[str, ErrorScale] | None:
+    """Predict the error scale of a long case, or None if the closed form does not describe it."""
+    exact, counted = expected.outputs["output"], expected.rows["output"]
+    form = closed_form(expected.evaluate, inputs.v, case.config, profile)
+    some = slice(STRIDE // 2, None, STRIDE)
+    errors = _errors(expected, profile, exact[:, :, some], some, seed)
+    row_variance = form.variance.mean(axis=-1)
+    variance = (row_variance[..., None] + form.variance) / 2
+    rows = counted & (row_variance > 0)
+    chosen = rows[:, :, some]
+    drawn = np.square(errors).mean(axis=-1)
+    squares = ratio(drawn, row_variance[:, :, some], chosen)
+    if not chosen.any() or abs(squares[:FEW_RUNS, chosen].mean() - 1) > AGREEMENT:
+        return None
+    row_squares = np.zeros((FEW_RUNS + 1, *rows.shape))
+    row_squares[:, :, :, some] = squares[: FEW_RUNS + 1]
+    sampled = np.zeros(rows.shape, dtype=np.bool_)
+    sampled[:, :, some] = True
+    largest = [
+        ratio(square, variance[:, :, some], chosen[..., None]).max(initial=0.0)
+        for square in np.square(errors[: FEW_RUNS + 1])
+    ]
+    row_sigma = np.sqrt(row_variance)
+    tests = sampled_score_tests(
+        _directions(case, form, exact),
+        errors,
+        weighing(row_sigma, exact),
+        rows,
+        some,
+        FEW_RUNS,
+    )
+    scale = ErrorScale(
+        row_sigma=row_sigma,
+        sigma=np.sqrt(variance),
+        row_squares=row_squares,
+        largest_square=np.array(largest),
+        score_tests=tests,
+        sampled=sampled,
+    )
+    return {"output": scale}
+
+
+def _errors(
+    expected: Reference, profile: PrecisionProfile, exact: Array, some: slice, seed: int
+) -> Array:
+    found = []
+    for run in range(FEW_RUNS):
+        rng = np.random.Generator(np.random.SFC64([seed, run]))
+        drawn: Mapping[str, Array] = expected.evaluate(observe=Dither(profile, rng), queries=some)
+        found.append((drawn["output"] - exact) / EXCESS)
+    for observer in nearest_runs(profile, seed):
+        rounded = expected.evaluate(observe=observer, queries=some)
+        found.append(rounded["output"] - exact)
+    return np.stack(found)
+
+
+def _directions(case: Case, form: ClosedForm, exact: Array) -> Iterator[Direction]:
+    constant = 200.0 * FORMATS["float32"].unit_roundoff
+    yield Direction("softmax scale", "%", "output", form.scale / 100, slack=constant)
+    if form.softcap is not None:
+        yield Direction("softcap", "%", "output", form.softcap / 100, slack=constant)
+    if case.config.learned_sinks_size is not None:
+        for head in range(case.config.num_attention_heads):
+            part = (slice(None), slice(head, head + 1))
+            yield Direction(f"sink of head {head}", "logit", "output", form.sink[part], part)
+    yield from output_shifts(case.dtype, "output", exact)
