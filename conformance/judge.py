@@ -1,14 +1,16 @@
 """Compares what a subject observed with what golden expects, in units of the predicted error.
 
-With `z = (observed - expected) / sigma`, three statistics have a limit each: the largest `z**2`,
-the largest mean of `z**2` over a row, and its mean over the whole output. Their limits come from
-the Monte Carlo runs of the same case and the run that rounds to nearest: if `m` is the largest
-value that `n` draws in each of `K` runs gave, the limit is ::
+With `z = (observed - expected) / sigma`, these have a limit each: the largest `z**2`; the largest
+mean of `z**2` over a row, a head, a KV group and a tile of rows (`row_groups`); its mean over the
+whole output; and its projection on what a wrong parameter would do (`score_tests`, with limits of
+their own). The others' limits come from the Monte Carlo runs of the same case and the run that
+rounds to nearest: if `m` is the largest value that `n` draws in each of `K` runs gave, the limit
+is ::
 
     base + (m - base) * (1 + log(K / alpha) / log(K n))
 
 which continues an exponential tail from the level `1 / (K n)`, where the runs have seen it, to
-`alpha / n`, where one case in `1 / alpha` would pass it by chance. `z**2` of a Gaussian has just
+`alpha / n`, where one case in `1 / alpha` would exceed it by chance. `z**2` of a Gaussian has just
 such a tail and rounding errors, being bounded, a shorter one. The base is 0 for a single square,
 and for means of squares their mean over the runs.
 
