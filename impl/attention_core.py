@@ -14,6 +14,7 @@ from impl.kv_cache import KeyValue
 from impl.layer_options import LayerOptions
 from impl.masks import active_token_mask, context_encoding_mask, token_generation_mask
 from impl.sink import LearnedSink
+from impl.slot_positions import ContiguousSlots
 from impl.strategy import (
     FlashAttentionStrategy,
     KernelChoice,
@@ -162,7 +163,7 @@ class AttentionCore(AttentionInputs):
             attention_mask,
             position_ids,
             v_prior.shape[2],
-            slots_are_positions=self.padding_side == "right",
+            layout=ContiguousSlots() if self.padding_side == "right" else None,
             sliding_window=self.options.sliding_window,
             attention_chunk_size=self.options.attention_chunk_size,
         )

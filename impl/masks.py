@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from impl.errors import ShapeError, explain
+from impl.slot_positions import SlotLayout, first_positions, slot_positions
 
 
 def visible(
@@ -107,21 +108,21 @@ def token_generation_mask(
     position_ids: Tensor,
     cache_len: int,
     *,
-    slots_are_positions: bool,
+    layout: SlotLayout | None,
     sliding_window: int | None = None,
     attention_chunk_size: int | None = None,
 ) -> Tensor:
     """Mask of the cached keys in a decode step (TKG).
 
-    Where slots are positions, a slot is seen only if it lies before the step's first token, so a
-    mask that also marks the slots of the step itself does not count them twice.
+    Where the layout is known, a slot is seen only if it holds a token before the step's first, so
+    a mask that also marks the slots of the step itself does not count them twice.
 
     Args:
         attention_mask: True for slots that hold a token, `(batch, cache_len)` or
             `(batch or 1, 1, q_len or 1, cache_len)`; None is every slot before the step.
         position_ids: `(batch, q_len)`, integer; in ascending order if `q_len > 1`.
         cache_len: slots of the cache.
-        slots_are_positions: slot `p` holds position `p` (padding on the right).
+        layout: which position each slot holds; None is unknown, and the mask is taken as given.
         sliding_window: as in `visible`.
         attention_chunk_size: as in `visible`.
 
@@ -133,7 +134,7 @@ def token_generation_mask(
     """
     batch, q_len = position_ids.shape
     limited = sliding_window is not None or attention_chunk_size is not None
-    if not slots_are_positions and (attention_mask is None or limited):
+    if layout is None and (attention_mask is None or limited):
         raise ShapeError(
             explain(
                 "padding_side",
@@ -148,15 +149,15 @@ def token_generation_mask(
         if given.shape == (batch, cache_len):
             given = given[:, None, None, :]
         _require_shape(given, "attention_mask", batch, q_len, cache_len)
-    if not slots_are_positions:
+    if layout is None:
         assert given is not None
         return given
-    slots = torch.arange(cache_len, device=position_ids.device)[None, :]
-    before = slots[:, None, None, :] < position_ids[:, None, :1, None]
+    held = slot_positions(layout, first_positions(position_ids), cache_len)
+    before = (held >= 0)[:, None, None, :]
     if limited:
-        before = before & visible(
+        before = visible(
             position_ids,
-            slots,
+            held,
             sliding_window=sliding_window,
             attention_chunk_size=attention_chunk_size,
         )

@@ -10,6 +10,7 @@ from impl.masks import (
     token_generation_mask,
     visible,
 )
+from impl.slot_positions import ChunkSlots, ContiguousSlots, RollingSlots, SlotLayout
 
 
 def rows(mask: torch.Tensor) -> list[str]:
@@ -94,13 +95,29 @@ def test_a_full_mask_cannot_widen_a_window() -> None:
 def test_decode_mask_is_what_lies_before_the_token_within_the_limit(
     position: int, limits: dict[str, Any], expected: Any
 ) -> None:
-    got = token_generation_mask(None, place(position), 8, slots_are_positions=True, **limits)
+    got = token_generation_mask(None, place(position), 8, layout=ContiguousSlots(), **limits)
     assert rows(got) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("layout", "limits", "expected"),
+    [
+        (RollingSlots.of(4), {"sliding_window": 4}, ["0000", "1000", "1100", "1110", "1110"]),
+        (ChunkSlots(4), {"attention_chunk_size": 4}, ["0000", "1000", "1100", "1110", "0000"]),
+    ],
+    ids=["rolling", "chunk"],
+)
+def test_decode_masks_of_short_caches_as_published(
+    layout: SlotLayout, limits: dict[str, int], expected: list[str]
+) -> None:
+    for position, row in enumerate(expected):
+        got = token_generation_mask(None, place(position), 4, layout=layout, **limits)
+        assert rows(got) == [row]
 
 
 def test_decode_mask_does_not_count_the_new_tokens_slot() -> None:
     including_itself = torch.tensor([[1, 1, 1, 0]])
-    got = token_generation_mask(including_itself, place(2), 4, slots_are_positions=True)
+    got = token_generation_mask(including_itself, place(2), 4, layout=ContiguousSlots())
     assert rows(got) == ["1100"]
 
 
@@ -109,7 +126,7 @@ def test_decode_mask_with_several_tokens_has_a_window_per_token() -> None:
         torch.ones(1, 1, 3, 8, dtype=torch.bool),
         place(4, 5, 6),
         8,
-        slots_are_positions=True,
+        layout=ContiguousSlots(),
         sliding_window=4,
     )
     assert rows(got) == ["01110000", "00110000", "00010000"]
@@ -117,13 +134,11 @@ def test_decode_mask_with_several_tokens_has_a_window_per_token() -> None:
 
 def test_decode_mask_is_taken_as_given_where_slots_are_not_positions() -> None:
     given = torch.tensor([[0, 0, 1, 1]])
-    got = token_generation_mask(given, place(1), 4, slots_are_positions=False)
+    got = token_generation_mask(given, place(1), 4, layout=None)
     assert rows(got) == ["0011"]
     for mask, window in ((None, None), (given, 2)):
         with pytest.raises(ShapeError, match="slots are not positions"):
-            token_generation_mask(
-                mask, place(1), 4, slots_are_positions=False, sliding_window=window
-            )
+            token_generation_mask(mask, place(1), 4, layout=None, sliding_window=window)
 
 
 def test_active_mask_is_narrowed_by_the_window() -> None:
@@ -150,5 +165,5 @@ def test_a_mask_of_another_kind_is_refused(mask: torch.Tensor, words: str) -> No
 def test_a_decode_mask_shorter_than_the_cache_is_refused() -> None:
     with pytest.raises(ShapeError, match=r"\(1, 8\)"):
         token_generation_mask(
-            torch.ones(1, 7, dtype=torch.bool), place(3), 8, slots_are_positions=True
+            torch.ones(1, 7, dtype=torch.bool), place(3), 8, layout=ContiguousSlots()
         )
