@@ -26,12 +26,11 @@ EXPANDED = "_expanded"
 """Suffix of a case whose operator is replaced by the graph of primitive operators it means."""
 
 
-class NotExpressibleError(Exception):
-    """Golden has no notion of something the case asks for; the message is the reason."""
+MASKED = "masked"
+"""Scores after cap, bias and mask: no stage of golden, which drops hidden scores at once."""
 
-
-ADDITIVE_MASK = "additive float mask; golden's masks only admit or hide a key"
-MASKED_SCORES = "scores plus mask are an output; golden drops hidden scores and has no such stage"
+STAGE_OF_MODE = {0: "scores", 1: "softcap", 2: MASKED, 3: "weights"}
+"""What the output `qk_matmul_output` shows, by `qk_matmul_output_mode`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,10 +191,13 @@ class AttentionCall:
         q_positions: `(batch, q_len)`, int.
         kv_positions: `(batch, past + kv_len)`, int, -1 for padding.
         mask: True = attend.
+        bias: float64, added to the capped scores by an observer, broadcastable to
+            `(batch, num_attention_heads, q_len, past + kv_len)`; None for none.
         softmax_scale: None for golden's default.
         softcap: None for none.
         flat: whether the case lays q, k, v and its output out as `(batch, length, heads * dim)`.
-        product_stage: golden's stage that the output `qk_matmul_output` shows.
+        product_stage: what the output `qk_matmul_output` shows: one of golden's stages, `softcap`
+            standing for the scores where there is no cap, or `MASKED`.
     """
 
     q: AnyArray
@@ -205,6 +207,7 @@ class AttentionCall:
     q_positions: AnyArray
     kv_positions: AnyArray
     mask: golden.Mask
+    bias: AnyArray | None
     softmax_scale: float | None
     softcap: float | None
     flat: bool
@@ -216,6 +219,14 @@ class AttentionCall:
         if self.past is not None:
             k, v = self._present(*self.past)
         capture = golden.Capture()
+        last = "scores" if self.softcap is None else "softcap"
+
+        def observe(
+            stage: str, value: AnyArray, accumulation: golden.Accumulation | None = None
+        ) -> AnyArray:
+            seen = capture(stage, value, accumulation)
+            return seen if self.bias is None or stage != last else seen + self.bias
+
         attended = golden.attend(
             self.q,
             k,
@@ -225,26 +236,35 @@ class AttentionCall:
             mask=self.mask,
             softmax_scale=self.softmax_scale,
             softcap=self.softcap,
-            observe=capture,
+            observe=observe,
         ).output
         batch, _, q_len, _ = attended.shape
+        visible = golden.attention.visible_keys(
+            self.mask, self.q_positions, np.asarray(self.kv_positions)
+        )
+        bias = 0.0 if self.bias is None else self.bias
+        seen = capture.values | {MASKED: np.where(visible, capture.values[last] + bias, -np.inf)}
         return {
             "Y": attended.swapaxes(1, 2).reshape(batch, q_len, -1) if self.flat else attended,
             "present_key": k,
             "present_value": v,
-            "qk_matmul_output": capture.values[self.product_stage],
+            "qk_matmul_output": seen[self.product_stage if self.product_stage in seen else last],
         }
 
     def _present(self, past_k: AnyArray, past_v: AnyArray) -> tuple[AnyArray, AnyArray]:
         """Return past and new keys and values as golden's cache holds them."""
-        batch, heads, past_len, head_dim = past_k.shape
-        length = past_len + self.k.shape[2]
+        return self._cached(past_k, self.k), self._cached(past_v, self.v)
+
+    @staticmethod
+    def _cached(past: AnyArray, new: AnyArray) -> AnyArray:
+        """Write to a cache of this width; golden's layers have keys and values of one width."""
+        batch, heads, past_len, width = past.shape
+        length = past_len + new.shape[2]
         slots = np.broadcast_to(np.arange(length), (batch, length))
-        zeros = np.zeros((batch, heads, length, head_dim))
+        zeros = np.zeros((batch, heads, length, width))
         held = golden.ContiguousCache(zeros, zeros, np.full((batch, length), -1))
-        held = held.write(past_k, past_v, slots[:, :past_len])
-        held = held.write(self.k, self.v, slots[:, past_len:])
-        return held.k, held.v
+        held = held.write(past, past, slots[:, :past_len])
+        return held.write(new, new, slots[:, past_len:]).k
 
 
 def translate_attention(case: Case) -> AttentionCall:
@@ -253,11 +273,7 @@ def translate_attention(case: Case) -> AttentionCall:
     Positions carry ONNX's alignment: key `j` is at position `j`, query `i` at `offset + i` with
     offset = cached keys, or valid keys minus queries for a padded cache, or 0 (top left). Golden
     takes positions from 0 up, so a negative offset shifts both sides alike; every mask used here
-    reads differences of positions only.
-
-    Raises:
-        NotExpressibleError: golden lacks what the case asks for.
-    """
+    reads differences of positions only."""
     get = case.attributes.get
     flat = case.inputs["Q"].ndim == 3
     q, k, v = (case.float64(name) for name in ("Q", "K", "V"))
@@ -283,8 +299,10 @@ def translate_attention(case: Case) -> AttentionCall:
         mask = mask & golden.SlidingWindow(left + 1)  # ONNX does not count the query's own key
     if right >= 0:
         mask = mask & golden.Explicit(slots[:, None] + shift - q_positions[..., None] <= right)
+    bias = None
     if "attn_mask" in case.inputs:
-        mask = mask & _explicit(case.inputs["attn_mask"], kv_len)
+        allowed, bias = _allowed_and_bias(case.inputs["attn_mask"], kv_len)
+        mask = mask & golden.Explicit(allowed)
     return AttentionCall(
         q=q,
         k=k,
@@ -293,10 +311,11 @@ def translate_attention(case: Case) -> AttentionCall:
         q_positions=q_positions,
         kv_positions=kv_positions,
         mask=mask,
+        bias=bias,
         softmax_scale=get("scale"),
         softcap=get("softcap", 0.0) or None,
         flat=flat,
-        product_stage=_product_stage(case),
+        product_stage=STAGE_OF_MODE[get("qk_matmul_output_mode", 0)],
     )
 
 
@@ -306,33 +325,28 @@ def _heads(x: AnyArray, heads: int) -> AnyArray:
     return x.reshape(batch, length, heads, width // heads).transpose(0, 2, 1, 3)
 
 
-def _explicit(attn_mask: AnyArray, kv_len: int) -> golden.Explicit:
-    """Turn a boolean mask, or a float one of 0 and -inf, into golden's; short ones hide the rest.
+def _allowed_and_bias(attn_mask: AnyArray, kv_len: int) -> tuple[AnyArray, AnyArray | None]:
+    """Part a mask into the keys it admits and what it adds to their scores; a short one hides more.
 
     ONNX aligns axes to the right: three of them are (heads, q_len, kv_len), where golden reads
     (batch, q_len, kv_len).
+
+    Returns:
+        `(batch or 1, heads or 1, q_len, kv_len)`, bool, True = attend; and the same in float64, 0
+        where hidden, or None for a mask that adds nothing.
     """
-    allowed = attn_mask
-    if attn_mask.dtype != np.bool_:
-        bias = attn_mask.astype(np.float64)
-        if not np.all((bias == 0) | np.isneginf(bias)):
-            raise NotExpressibleError(ADDITIVE_MASK)
-        allowed = bias == 0
-    missing = kv_len - allowed.shape[-1]
-    allowed = np.pad(allowed, [(0, 0)] * (allowed.ndim - 1) + [(0, missing)])
-    return golden.Explicit(allowed.reshape((1,) * (4 - allowed.ndim) + allowed.shape))
-
-
-def _product_stage(case: Case) -> str:
-    """Return golden's stage for the output `qk_matmul_output`; any will do if there is none."""
-    mode = case.attributes.get("qk_matmul_output_mode", 0)
-    if "qk_matmul_output" not in case.outputs or mode == 0:
-        return "scores"
-    if mode == 2:
-        raise NotExpressibleError(MASKED_SCORES)
-    if mode == 3:
-        return "weights"
-    return "softcap" if case.attributes.get("softcap", 0.0) else "scores"
+    missing = kv_len - attn_mask.shape[-1]
+    padded = np.pad(
+        attn_mask,
+        [(0, 0)] * (attn_mask.ndim - 1) + [(0, missing)],
+        constant_values=False if attn_mask.dtype == np.bool_ else -np.inf,
+    )
+    padded = padded.reshape((1,) * (4 - padded.ndim) + padded.shape)
+    if padded.dtype == np.bool_:
+        return padded, None
+    allowed = ~np.isneginf(padded)
+    bias = np.where(allowed, padded.astype(np.float64), 0.0)
+    return allowed, bias if bias.any() else None
 
 
 def rotary_output(
@@ -355,11 +369,7 @@ def rotary_output(
 
 
 def golden_outputs(case: Case) -> dict[str, AnyArray]:
-    """Return golden's outputs of a case.
-
-    Raises:
-        NotExpressibleError: golden lacks what the case asks for.
-    """
+    """Return golden's outputs of a case."""
     if case.operator == "RotaryEmbedding":
         return rotary_output(case)
     return translate_attention(case).outputs()
