@@ -39,7 +39,8 @@ class NeuronAttentionBase(AttentionCore):
         head_dim: width of a head; None is `hidden_size // num_attention_heads`.
         rotary_emb: `(x, position_ids) -> cos, sin` for the half pairing; None is no RoPE (NoPE).
         rope_theta: base of the interleaved pairing, for `use_polar_compatible_rope`.
-        use_scaled_rope: scale that pairing as `config.rope_parameters` (llama3) says.
+        use_scaled_rope: scale that pairing as `config.rope_parameters` says; which channels turn
+            (`partial_rotary_factor`, `mrope_section`) it says with or without.
         rms_norm_eps: epsilon of the weightless norm.
         use_qk_norm: weightless RMS norm of q and k.
         qk_norm_placement: where that is: PRE_ROPE over the flat projection, POST_ROPE over a head.

@@ -18,6 +18,9 @@ from impl.temperature import scale_queries
 Norm = Callable[[Tensor], Tensor]
 Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
+# What of `rope_parameters` says which channels turn by which positions, whatever the scaling.
+_UNSCALED_ROPE = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
+
 
 class AttentionInputs(nn.Module):
     """Projection, norms and rotation of a layer: the part of it before attention.
@@ -27,7 +30,8 @@ class AttentionInputs(nn.Module):
         options: the layer's numeric options.
         rotary_emb: `(x, position_ids) -> cos, sin` for the half pairing, or None.
         rope_theta: base of the interleaved pairing, or None.
-        use_scaled_rope: scale that pairing as `config.rope_parameters` (llama3) says.
+        use_scaled_rope: scale that pairing as `config.rope_parameters` says; which channels turn
+            (`partial_rotary_factor`, `mrope_section`) it says with or without.
         q_layernorm: weighted norm of q; both or neither.
         k_layernorm: weighted norm of k.
         clip_qkv: clamp q, k and v to `[-clip_qkv, clip_qkv]`.
@@ -89,20 +93,28 @@ class AttentionInputs(nn.Module):
     def _make_polar(
         self, rope_theta: float | None, use_scaled_rope: bool
     ) -> PolarRotaryEmbedding | None:
-        given = self.config.rope_parameters
-        if use_scaled_rope and (rope_theta is None or (given or {}).get("rope_type") != "llama3"):
+        given = dict(self.config.rope_parameters or {})
+        if use_scaled_rope and (rope_theta is None or not given):
             raise ConfigError(
                 explain(
                     "use_scaled_rope",
-                    "come with rope_theta and llama3 rope_parameters in the configuration",
-                    f"{rope_theta} and {given}",
+                    "come with rope_theta and rope_parameters in the configuration",
+                    f"{rope_theta} and {self.config.rope_parameters}",
                 )
             )
         if rope_theta is None:
             return None
-        scaled = {**given, "rope_theta": rope_theta} if use_scaled_rope and given else None
+        if not use_scaled_rope:
+            kept: tuple[str, ...] = _UNSCALED_ROPE
+            if given.get("rope_type") == "proportional":  # There the share is of another kind.
+                kept = (*kept, "rope_type")
+            given = {name: given[name] for name in kept if name in given}
         return PolarRotaryEmbedding(
-            RotaryFrequencies.from_parameters(self.head_dim, scaled, rope_theta=rope_theta)
+            RotaryFrequencies.from_parameters(
+                self.head_dim,
+                {**given, "rope_theta": rope_theta},
+                max_position_embeddings=self.config.max_position_embeddings,
+            )
         )
 
     def _init_norms(self, q_layernorm: Norm | None, k_layernorm: Norm | None) -> None:

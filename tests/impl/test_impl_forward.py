@@ -183,6 +183,62 @@ def test_polar_rope_takes_its_scaling_from_the_configuration() -> None:
     assert torch.equal(made.polar_rotary_emb.inv_freq, expected.inv_freq)
 
 
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 4},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        {"rope_type": "default", "partial_rotary_factor": 0.5},
+        {"rope_type": "proportional", "partial_rotary_factor": 0.5},
+        {"rope_type": "default", "mrope_section": [2, 1, 1]},
+    ],
+)
+@pytest.mark.parametrize(
+    "features", [{}, {"sliding_window": 3}, {"attention_chunk_size": 4}], ids=str
+)
+def test_polar_rope_is_half_rope_with_its_channels_reordered(
+    parameters: dict[str, Any], features: dict[str, Any]
+) -> None:
+    config = model(rope_parameters=parameters)
+    polar = layer(config=config, rope_theta=1e4, use_scaled_rope=True, **features)
+    half = layer(rotary_emb=RotaryEmbedding(WIDTH, rope_parameters=parameters), **features)
+    rotary_dim = polar.polar_rotary_emb.rotary_dim
+    order = torch.arange(WIDTH)
+    order[:rotary_dim] = (
+        torch.arange(rotary_dim).view(2, -1).T.flatten()
+    )  # 2i from i, 2i+1 from i+r/2
+    for name in ("q_proj", "k_proj"):
+        weight = getattr(half.qkv_proj, name).weight
+        rows = weight.unflatten(0, (-1, WIDTH))
+        getattr(polar.qkv_proj, name).weight.copy_(rows[:, order].flatten(0, 1))
+    at = positions(9, 3)
+    expected = half(tokens(9), position_ids=at).hidden_states
+    got = polar(tokens(9), position_ids=at, use_polar_compatible_rope=True).hidden_states
+    assert relative_error(got, expected) <= ROUNDOFF
+
+
+def test_polar_rope_without_scaling_keeps_the_share_that_turns() -> None:
+    scaled = {"rope_type": "linear", "factor": 4.0, "partial_rotary_factor": 0.5}
+    made = layer(config=model(rope_parameters=scaled), rope_theta=1e4)
+    assert made.polar_rotary_emb.frequencies.inv_freq == (1.0, 0.01)
+    share = {"rope_type": "proportional", "factor": 4.0, "partial_rotary_factor": 0.5}
+    made = layer(config=model(rope_parameters=share), rope_theta=1e4)
+    assert made.polar_rotary_emb.frequencies.inv_freq == (1.0, 0.1, 0.0, 0.0)
+
+
+def test_rotary_positions_may_have_several_axes() -> None:
+    parameters = {"mrope_section": [2, 1, 1]}
+    made = layer(rotary_emb=RotaryEmbedding(WIDTH, rope_parameters=parameters), sliding_window=3)
+    axes = torch.stack([positions(5), 2 * positions(5), positions(5) + 7])
+    call = {"position_ids": positions(5), "rotary_position_ids": axes}
+    output = made(tokens(5), **call)
+    cos, sin = made.rotary_emb(tokens(5), axes)
+    again = made(tokens(5), positions(5) >= 0, positions(5), cos_cache=cos, sin_cache=sin)
+    assert torch.equal(output.hidden_states, again.hidden_states)
+    assert not torch.equal(output.hidden_states, made(tokens(5)).hidden_states)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("features", [{}, {"sliding_window": 3}, {"attention_chunk_size": 4}])
 def test_every_path_casts_the_input_and_returns_its_dtype(

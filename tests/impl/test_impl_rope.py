@@ -30,6 +30,14 @@ YARN = {
     "beta_slow": 1.0,
     "original_max_position_embeddings": 4096,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.5, 2.0],
+    "long_factor": [1.0, 3.0, 7.0, 31.0],
+    "factor": 32.0,
+    "original_max_position_embeddings": 64,
+}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 def heads(
@@ -101,7 +109,20 @@ def test_yarn_derives_its_factor_from_the_longest_position() -> None:
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [
-        ({"rope_type": "dynamic"}, "rope_type must be one of"),
+        ({"rope_type": "su"}, "rope_type must be one of"),
+        ({"sliding_attention": {"rope_type": "default"}}, "be those of one layer type"),
+        ({"rope_type": "dynamic", "original_max_position_embeddings": 64}, "factor"),
+        ({"rope_type": "dynamic", "factor": 2.0}, "original_max_position_embeddings"),
+        ({"rope_type": "dynamic", "factor": 2.0, "partial_rotary_factor": 0.25}, "2 rotated"),
+        ({**LONGROPE, "short_factor": [1.0] * 3}, "hold 4 positive numbers"),
+        ({**LONGROPE, "long_factor": [1.0, 1.0, 0.0, 1.0]}, "hold 4 positive numbers"),
+        ({**LONGROPE, "long_factor": None}, "long_factor"),
+        ({**LONGROPE, "factor": None}, "factor"),
+        ({**LONGROPE, "original_max_position_embeddings": 1}, "exceed 1, got 1"),
+        ({"rope_type": "proportional", "partial_rotary_factor": 0.0}, "lie above 0"),
+        ({"mrope_section": [2, 1]}, "add up to the 4 rotated channel pairs"),
+        ({"mrope_section": [5, -1]}, "add up to the 4 rotated channel pairs"),
+        ({"mrope_interleaved": True}, "come with mrope_section"),
         ({"rope_type": "linear"}, "factor"),
         ({"rope_type": "llama3", "factor": 8.0}, "low_freq_factor"),
         ({**LLAMA3, "high_freq_factor": 0.5}, "high_freq_factor must be at least"),
@@ -214,6 +235,84 @@ def test_rotation_rounds_once() -> None:
     assert (got != expected.to(torch.bfloat16)).float().mean() < 0.005
 
 
-def test_positions_of_another_rank_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("sections", "axes"),
+    [
+        ({"mrope_section": [3, 2, 2]}, [0, 0, 0, 1, 1, 2, 2]),
+        ({"mrope_section": [3, 2, 2], "mrope_interleaved": True}, [0, 1, 2, 0, 1, 2, 0]),
+        ({"mrope_section": [5, 1, 1], "mrope_interleaved": True}, [0, 1, 2, 0, 0, 0, 0]),
+        ({"mrope_section": [5, 2, 0], "rope_type": "mrope"}, [0, 0, 0, 0, 0, 1, 1]),
+    ],
+)
+@pytest.mark.parametrize("kind", [RotaryEmbedding, PolarRotaryEmbedding])
+def test_each_pair_of_multimodal_rope_turns_by_the_position_of_its_axis(
+    kind: Any, sections: dict[str, Any], axes: list[int]
+) -> None:
+    parameters = {"rope_theta": 100.0, **sections}
+    frequencies = RotaryFrequencies.from_parameters(14, parameters)
+    rotary = RotaryEmbedding(14, rope_parameters=parameters)
+    if kind is PolarRotaryEmbedding:
+        rotary = PolarRotaryEmbedding(frequencies)
+    assert frequencies.axes == tuple(axes)
+    at = torch.tensor([[[3, 4, 5]], [[7, 7, 8]], [[0, 9, 2]]])
+    x = torch.zeros(1, dtype=torch.float64)
+    got = rotary.angles(x, at)
+    for t in range(3):
+        for pair, axis in enumerate(axes):
+            assert float(got[0, t, pair]) == float(at[axis, 0, t]) * frequencies.inv_freq[pair]
+    text = at[0].expand(3, 1, 3)
+    assert torch.equal(rotary.angles(x, text), rotary.angles(x, at[0]))
+
+
+def test_dynamic_rope_grows_its_base_with_the_length_of_each_row() -> None:
+    rotary = RotaryEmbedding(8, rope_parameters=DYNAMIC)
+    at = torch.stack([torch.arange(5), torch.arange(5) + 251, torch.full((5,), -1)])
+    at[0, -1] = 63
+    got = rotary.angles(torch.zeros(1, dtype=torch.float64), at)
+    grown = 10000.0 * (4 * 256 / 64 - 3) ** (8 / 6)
+    for row, base in enumerate((10000.0, grown, 10000.0)):
+        for t in range(5):
+            for i in range(4):
+                expected = int(at[row, t]) * base ** (-2 * i / 8)
+                # Four powers and products, of an angle: 8 roundings of 2^-53.
+                assert abs(float(got[row, t, i]) - expected) <= 8 * 2**-53 * abs(expected)
+
+
+def test_longrope_takes_its_second_list_in_rows_that_are_longer() -> None:
+    rotary = RotaryEmbedding(8, rope_parameters=LONGROPE)
+    at = torch.stack([torch.arange(60, 65), torch.arange(59, 64)])  # 65 and 64 positions
+    got = rotary.angles(torch.zeros(1, dtype=torch.float64), at)
+    plain = torch.tensor([10000.0 ** (-i / 4) for i in range(4)], dtype=torch.float64)
+    rows = torch.tensor([LONGROPE["long_factor"], LONGROPE["short_factor"]], dtype=torch.float64)
+    expected = at[:, :, None] * (plain / rows)[:, None]
+    # A power, a quotient and a product, each within an ulp of at most 64 rad on either side.
+    assert float((got - expected).abs().max()) <= 64 * 6 * 2**-53
+    assert math.isclose(rotary.attention_scaling, math.sqrt(1 + math.log(32) / math.log(64)))
+
+
+def test_proportional_rope_stops_slow_pairs_of_the_whole_head() -> None:
+    given = {"rope_type": "proportional", "partial_rotary_factor": 0.5, "factor": 2.0}
+    frequencies = RotaryFrequencies.from_parameters(16, given)
+    assert frequencies.rotary_dim == 16
+    expected = [10000.0 ** (-i / 8) / 2 for i in range(4)] + [0.0] * 4
+    assert frequencies.inv_freq == pytest.approx(expected, rel=1e-15)
+
+
+@pytest.mark.parametrize("parameters", [LONGROPE, DYNAMIC, {"mrope_section": [2, 1, 1]}])
+def test_constants_of_every_kind_survive_casts_and_the_meta_device(
+    parameters: dict[str, Any],
+) -> None:
+    expected = RotaryEmbedding(8, rope_parameters=parameters)
+    with torch.device("meta"):
+        moved = RotaryEmbedding(8, rope_parameters=parameters)
+    moved = moved.to_empty(device="cpu").to(torch.bfloat16)
+    for name, buffer in expected.named_buffers():
+        assert torch.equal(moved.get_buffer(name), buffer)
+        assert moved.get_buffer(name).dtype is buffer.dtype
+
+
+@pytest.mark.parametrize("section", [None, [2, 2]])
+def test_positions_of_other_axes_are_refused(section: list[int] | None) -> None:
+    rotary = RotaryEmbedding(8, rope_parameters={"mrope_section": section})
     with pytest.raises(ShapeError, match="multimodal"):
-        RotaryEmbedding(8)(torch.zeros(1), torch.zeros(3, 2, 5, dtype=torch.int64))
+        rotary(torch.zeros(1), torch.zeros(3, 2, 5, dtype=torch.int64))

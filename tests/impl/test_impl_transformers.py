@@ -42,6 +42,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [1.0 + 2.5 * i for i in range(8)],
+    "factor": 32.0,
+    "original_max_position_embeddings": 4096,
+}
 SIZES = {
     "hidden_size": 48,
     "num_attention_heads": 6,
@@ -55,7 +63,15 @@ SIZES = {
 
 
 class Float64(TorchFunctionMode):
-    """Turns the float32 that Transformers asks for by name into float64."""
+    """Turns the float32 that Transformers asks for, by name or by default, into float64."""
+
+    def __enter__(self) -> Any:
+        torch.set_default_dtype(DOUBLE)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.set_default_dtype(torch.float32)
+        super().__exit__(*error)
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -142,6 +158,10 @@ def rope(**parameters: Any) -> RotaryEmbedding:
         {**YARN, "beta_fast": 4.0, "rope_theta": 3.0},
         {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2},
         {**YARN, "partial_rotary_factor": 0.5},
+        {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+        {"rope_type": "proportional", "rope_theta": 1e4, "factor": 8.0},
+        LONGROPE,
+        {**LONGROPE, "factor": None},
     ],
 )
 def test_frequencies_are_those_of_transformers(parameters: dict[str, Any]) -> None:
@@ -151,11 +171,50 @@ def test_frequencies_are_those_of_transformers(parameters: dict[str, Any]) -> No
     config = LlamaConfig(**SIZES, rope_parameters=dict(parameters))
     with Float64():
         expected, scaling = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config)
-    got = RotaryFrequencies.from_parameters(SIZES["head_dim"], parameters)
+    got = RotaryFrequencies.from_parameters(
+        SIZES["head_dim"], parameters, max_position_embeddings=SIZES["max_position_embeddings"]
+    )
     # A power, two divisions and a blend: each within an ulp or two.
-    error = torch.tensor(got.inv_freq, dtype=DOUBLE) / expected - 1
-    assert float(error.abs().max()) < 16 * 2**-53
+    error = torch.tensor(got.inv_freq, dtype=DOUBLE) - expected
+    assert bool((error.abs() <= 16 * 2**-53 * expected.abs()).all())
     assert abs(got.attention_scaling / scaling - 1) < 4 * 2**-53
+
+
+@pytest.mark.parametrize("start", [0, 3000, START])
+def test_lengths_scale_rope_as_in_llama(start: int) -> None:
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    for parameters in (dynamic, LONGROPE):
+        state, hidden, at, expected = oracle(
+            "llama", "Llama", start=start, rope_parameters=parameters, max_position_embeddings=4096
+        )
+        rotary = RotaryEmbedding(SIZES["head_dim"], 4096, rope_parameters=parameters)
+        assert relative_error(ours(state, hidden, at, rotary_emb=rotary), expected) <= ROUNDOFF
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "interleaved"),
+    [("qwen2_vl", "Qwen2VL", False), ("qwen3_vl", "Qwen3VLText", True)],
+)
+def test_multimodal_rope_is_that_of_qwen(family: str, name: str, interleaved: bool) -> None:
+    configuration = importlib.import_module(f"transformers.models.{family}.configuration_{family}")
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    parameters = {
+        "rope_type": "default",
+        "rope_theta": 1e6,
+        "mrope_section": [4, 2, 2],
+        "mrope_interleaved": interleaved,
+    }
+    config_name = name if name.endswith("Text") else f"{name}Text"
+    config = getattr(configuration, f"{config_name}Config")(
+        **SIZES, rope_parameters=dict(parameters)
+    )
+    at = torch.randint(0, 20000, (3, 2, SEQ_LEN), generator=torch.Generator().manual_seed(0))
+    x = torch.zeros(2, SEQ_LEN, 1, dtype=DOUBLE)
+    with Float64():
+        expected = getattr(module, f"{name}RotaryEmbedding")(config=config)(x, at)
+    for got, theirs in zip(rope(**parameters)(x, at), expected, strict=True):
+        # Angles up to 2e4 rad, each within two roundings of the other's.
+        assert float((got - theirs.expand_as(got)).abs().max()) <= 2 * 2e4 * 2**-53
 
 
 def norms(eps: float | None) -> dict[str, RMSNorm]:
