@@ -141,6 +141,23 @@ class Bounds:
     logsumexp: Array
 
 
+def exponent_errors(
+    q: Array,
+    k: Array,
+    visible: BoolArray,
+    scale: float,
+    sinks: Array | None,
+    roundings: int = 0,
+) -> tuple[Array, Array]:
+    """Return `delta` of `attend_bound`, and the largest score or sink that bounds it, by row."""
+    source = np.arange(q.shape[1]) * k.shape[1] // q.shape[1]
+    q_norm, k_norm = np.linalg.norm(q, axis=-1), np.linalg.norm(k, axis=-1)[:, source]
+    largest = scale * q_norm * np.where(visible, k_norm[:, :, None], 0.0).max(axis=-1, initial=0.0)
+    if sinks is not None:
+        largest = largest + np.abs(sinks)[:, None]
+    return gamma(q.shape[3] + 16 + 2 * roundings) * largest + gamma(4), largest
+
+
 def attend_bound(
     q: Array,
     k: Array,
@@ -172,11 +189,7 @@ def attend_bound(
     """
     heads, kv_len = q.shape[1], k.shape[2]
     source = np.arange(heads) * k.shape[1] // heads
-    q_norm, k_norm = np.linalg.norm(q, axis=-1), np.linalg.norm(k, axis=-1)[:, source]
-    largest = scale * q_norm * np.where(visible, k_norm[:, :, None], 0.0).max(axis=-1, initial=0.0)
-    if sinks is not None:
-        largest = largest + np.abs(sinks)[:, None]
-    delta = gamma(q.shape[3] + 16 + 2 * roundings) * largest + gamma(4)
+    delta, largest = exponent_errors(q, k, visible, scale, sinks, roundings)
     scores = scale * q @ k[:, source].swapaxes(-1, -2)
     if softcap is not None:
         scores = softcap * np.tanh(scores / softcap)
