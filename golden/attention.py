@@ -102,7 +102,8 @@ def attend(
     exps = observe("exp", np.exp(shifted))
     total = exps.sum(axis=-1, keepdims=True)
     if sinks is not None:
-        total = total + np.exp(sink[:, None, None] - top)
+        with np.errstate(invalid="ignore"):  # a sink of infinity leaves NaN likewise
+            total = total + np.exp(sink[:, None, None] - top)
     total = observe(
         "denominator",
         total,

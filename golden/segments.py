@@ -36,17 +36,13 @@ class SameSegment(Mask):
     kv_segments: Positions
 
     def visible(self, q_positions: Positions, kv_positions: Positions) -> BoolArray:
-        got = (self.q_segments.shape, self.kv_segments.shape)
-        if got != (q_positions.shape, kv_positions.shape):
-            raise ShapeError(
-                f"segments must have the positions' shapes {q_positions.shape} and "
-                f"{kv_positions.shape}, got {got[0]} and {got[1]}"
-            )
+        self._check(q_positions.shape, kv_positions.shape)
         query, key = self.q_segments[:, None, :, None], self.kv_segments[:, None, None, :]
         together: BoolArray = (query == key) & (query >= 0)
         return together
 
     def coverage(self, queries: Cells, keys: Cells) -> Coverage:
+        self._check(*((len(cells.lowest), cells.length) for cells in (queries, keys)))
         q_low, q_high = _ranges(self.q_segments, queries)
         k_low, k_high = _ranges(self.kv_segments, keys)
         q_low, q_high = q_low[:, None, :, None], q_high[:, None, :, None]
@@ -58,6 +54,14 @@ class SameSegment(Mask):
 
     def block(self, batch: Indices, heads: Indices, queries: Indices, keys: Indices) -> Mask:
         return SameSegment(self.q_segments[batch][:, queries], self.kv_segments[batch][:, keys])
+
+    def _check(self, queries: tuple[int, ...], keys: tuple[int, ...]) -> None:
+        got = self.q_segments.shape, self.kv_segments.shape
+        if got != (queries, keys):
+            raise ShapeError(
+                f"segments must have the positions' shapes {queries} and {keys}, got {got[0]} and "
+                f"{got[1]}"
+            )
 
 
 def _ranges(segments: Positions, cells: Cells) -> tuple[Positions, Positions]:

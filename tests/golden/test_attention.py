@@ -373,6 +373,13 @@ def test_a2_a_sink_of_any_size_takes_or_leaves_everything() -> None:
     assert identical(light.logsumexp, run(p).logsumexp)
 
 
+def test_a4_a_sink_of_plus_infinity_is_no_number_and_silent() -> None:
+    p = problem(6)
+    result = run(p, sinks=np.array([np.inf, 0.0, 0.0, 0.0]))
+    assert np.isnan(result.output[:, 0]).all()
+    assert np.isfinite(result.output[:, 1:]).all()
+
+
 def test_a4_a_sink_of_minus_infinity_is_no_sink() -> None:
     p = problem(6)
     assert identical(run(p, sinks=np.full(4, -np.inf)).output, run(p).output)

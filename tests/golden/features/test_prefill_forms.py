@@ -233,6 +233,8 @@ def test_m6_the_documented_picture_and_padding() -> None:
     assert rows == ["11000", "11000", "00110", "00110", "00000"]
     with pytest.raises(ShapeError, match="segments must have the positions' shapes"):
         mask.visible(places[:, :3], places)
+    with pytest.raises(ShapeError, match="segments must have the positions' shapes"):
+        mask.coverage(cells_of(places[:, :3], 2), cells_of(places, 2))
 
 
 @sampled
