@@ -196,7 +196,8 @@ class NeuronAttentionBase(AttentionCore):
                 before the step. See `impl.masks`.
             position_ids: `(batch, seq_len)`, integer: position of each token, for RoPE, for
                 windows, chunks and temperature, and for cache slots. Negative marks padding.
-                None is `0, 1, ...` in prefill, and an error in decode.
+                None is `0, 1, ...` in prefill, and an error in decode. A prefill that is not
+                computed by the native form needs them consecutive; see `impl.kernels.prefill`.
             past_key_value: cached K and V, `(batch, kv_heads, cache_len, head_dim)`, slot `p`
                 holding position `p`; K has its last axes exchanged if `k_cache_transposed`.
             active_mask: `(batch, 1, seq_len, seq_len)`, which tokens of a decode step see each

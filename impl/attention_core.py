@@ -9,10 +9,10 @@ from torch import Tensor
 from impl.attention_inputs import AttentionInputs
 from impl.config import InferenceConfig
 from impl.errors import ShapeError, explain
-from impl.kernels import native
+from impl.kernels import PrefillRule, native, prefill
 from impl.kv_cache import KeyValue
 from impl.layer_options import LayerOptions
-from impl.masks import active_token_mask, context_encoding_mask, token_generation_mask
+from impl.masks import active_token_mask, token_generation_mask
 from impl.sink import LearnedSink
 from impl.slot_positions import ContiguousSlots
 from impl.strategy import (
@@ -46,6 +46,12 @@ class AttentionCore(AttentionInputs):
         self.k_cache_transposed = run.k_cache_transposed and options.sliding_window is None
         self.score_rule = native.ScoreRule(
             divisor=options.divisor, softcap=options.attn_logit_softcapping
+        )
+        self.prefill_rule = PrefillRule(
+            score=self.score_rule,
+            sliding_window=options.sliding_window,
+            attention_chunk_size=options.attention_chunk_size,
+            padding_side=run.padding_side,
         )
         self._init_sinks()
         warn_of_unbound_kernels(run)
@@ -97,10 +103,34 @@ class AttentionCore(AttentionInputs):
             sliding_window=self.sliding_window,
         )
 
-    def kernel_choice(self, q_len: int, has_attention_mask: bool = True) -> KernelChoice:
-        """Kernel this layer selects for a prefill of `q_len`, and what runs in its place."""
-        strategy = self.get_flash_attention_strategy(q_len, has_attention_mask)
-        return resolve_kernel(strategy, self.head_dim)
+    def kernel_choice(
+        self,
+        q_len: int,
+        has_attention_mask: bool = True,
+        *,
+        explicit_mask: bool = False,
+        prior: bool = False,
+        device_type: str = "cpu",
+    ) -> KernelChoice:
+        """Kernel this layer selects for a prefill of `q_len`, and what computes it.
+
+        Args:
+            q_len: queries on this rank.
+            has_attention_mask: whether the step is masked at all.
+            explicit_mask: whether the caller gives a mask `(batch, 1, q_len, kv_len)`.
+            prior: whether the step also sees cached keys.
+            device_type: where it runs.
+        """
+        plain = self.prefill_rule.plain(
+            sink=self.learned_sinks is not None, explicit_mask=explicit_mask, prior=prior
+        )
+        return resolve_kernel(
+            self.get_flash_attention_strategy(q_len, has_attention_mask),
+            q_len=q_len,
+            plain=plain,
+            device_type=device_type,
+            attn_kernel_enabled=self.neuron_config.attn_kernel_enabled,
+        )
 
     def perform_prefill(
         self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, position_ids: Tensor
@@ -121,15 +151,22 @@ class AttentionCore(AttentionInputs):
         Raises:
             ConfigError: the strided kernel was asked for where it cannot run.
         """
-        mask = context_encoding_mask(
-            attention_mask,
-            position_ids,
-            sliding_window=self.options.sliding_window,
-            attention_chunk_size=self.options.attention_chunk_size,
+        choice = self.kernel_choice(
+            q.shape[2],
+            attention_mask is not None or self.prefill_rule.limited,
+            explicit_mask=attention_mask is not None and attention_mask.dim() == 4,
+            device_type=q.device.type,
         )
-        self.get_flash_attention_strategy(q.shape[2], mask is not None)
-        sink = self.get_learned_sinks(is_prefill_stage=True)
-        return native.context_encoding(q, k, v, mask, sink, self.score_rule)
+        return prefill(
+            q,
+            k,
+            v,
+            implementation=choice.implementation,
+            rule=self.prefill_rule,
+            sink=self.get_learned_sinks(is_prefill_stage=True),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+        )
 
     def compute_for_token_gen(
         self,

@@ -61,25 +61,27 @@ def context_encoding_mask(
     *,
     sliding_window: int | None = None,
     attention_chunk_size: int | None = None,
+    kv_position_ids: Tensor | None = None,
 ) -> Tensor | None:
-    """Mask of a prefill step (CTE), where queries and keys are the same tokens.
+    """Mask of a prefill step (CTE), where queries are the tokens of the keys, or some of them.
 
     | attention_mask | full layer | window or chunk layer |
     | --- | --- | --- |
     | None | every key (a vision encoder) | by position |
-    | `(batch, seq_len)`, True = real key | real, and causal by position | real, and by position |
-    | `(batch or 1, 1, seq_len, seq_len)` | as given | as given, and by position |
+    | `(batch, kv_len)`, True = real key | real, and causal by position | real, and by position |
+    | `(batch or 1, 1, q_len, kv_len)` | as given | as given, and by position |
 
     So the mask of another kind of layer can narrow a window or chunk and never widen it.
 
     Args:
         attention_mask: bool or integer.
-        position_ids: `(batch, seq_len)`, integer.
+        position_ids: `(batch, q_len)`, integer.
         sliding_window: as in `visible`.
         attention_chunk_size: as in `visible`.
+        kv_position_ids: `(batch, kv_len)`, integer; None is `position_ids`.
 
     Returns:
-        `(batch or 1, 1, seq_len, seq_len)`, bool; None if every key is seen.
+        `(batch or 1, 1, q_len, kv_len)`, bool; None if every key is seen.
 
     Raises:
         ShapeError: the mask is floating point or of another shape.
@@ -87,19 +89,20 @@ def context_encoding_mask(
     limited = sliding_window is not None or attention_chunk_size is not None
     if attention_mask is None and not limited:
         return None
-    batch, seq_len = position_ids.shape
+    keys = position_ids if kv_position_ids is None else kv_position_ids
+    (batch, q_len), kv_len = position_ids.shape, keys.shape[1]
     by_position = visible(
         position_ids,
-        position_ids,
+        keys,
         sliding_window=sliding_window,
         attention_chunk_size=attention_chunk_size,
     )
     if attention_mask is None:
         return by_position
     given = as_bool(attention_mask, "attention_mask")
-    if given.shape == (batch, seq_len):
+    if given.shape == (batch, kv_len):
         return by_position & given[:, None, None, :]
-    _require_shape(given, "attention_mask", batch, seq_len, seq_len)
+    _require_shape(given, "attention_mask", batch, q_len, kv_len)
     return given & by_position if limited else given
 
 

@@ -1,7 +1,7 @@
 """Which prefill kernel, and why.
 
 `get_flash_attention_strategy` is the documented decision of NxD Inference; `resolve_kernel` adds
-what runs here: the native torch form for every strategy, unless a kernel is really there.
+what really computes the step here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from impl.neuron_config import NeuronConfig
 
 logger = logging.getLogger("impl.strategy")
 
-MAX_KERNEL_HEAD_DIM = 128
+NATIVE_LENGTHS = 512
+"""Shorter prefills are computed at once: a tile or two would hold all their scores anyway."""
+
+SDPA_DEVICES = ("cpu", "cuda")
+"""Devices on which PyTorch's `scaled_dot_product_attention` is a fused kernel."""
 
 # Fields of NeuronConfig that ask for a kernel, whatever the shapes.
 KERNEL_FIELDS = (
@@ -39,18 +43,29 @@ class FlashAttentionStrategy(Enum):
     STRIDED_CONTEXT_PARALLEL_KERNEL = 4
 
 
+class Implementation(Enum):
+    """Who computes a prefill."""
+
+    NATIVE = "native"
+    """The plain torch form: any positions and any mask, all scores at once."""
+    SDPA = "sdpa"
+    """PyTorch's own fused attention: causal or full, without sinks, softcap or limits."""
+    FLASH = "flash"
+    """The streamed torch form: everything, a tile of scores at a time."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KernelChoice:
     """What was asked for and what runs.
 
     Attributes:
         strategy: the kernel that the configuration and the shapes select.
-        implementation: what computes the result: "native", the torch form of the same function.
+        implementation: what computes the result.
         reason: why, in words.
     """
 
     strategy: FlashAttentionStrategy
-    implementation: str
+    implementation: Implementation
     reason: str
 
 
@@ -145,30 +160,57 @@ def _with_context_parallelism(
 
 
 def warn_of_unbound_kernels(run: NeuronConfig) -> None:
-    """Log which kernels were asked for and are replaced by the native torch form.
+    """Log which kernels were asked for and are replaced by torch forms of the same function.
 
     Args:
         run: how the layer is run.
     """
     asked = [name for name in KERNEL_FIELDS if getattr(run, name)]
     if asked:
-        logger.warning("no NKI kernel is bound: the native torch form runs for %s", asked)
+        logger.warning("no NKI kernel is bound: torch forms run for %s", asked)
 
 
-def resolve_kernel(strategy: FlashAttentionStrategy, head_dim: int) -> KernelChoice:
-    """Say what computes a step for which `strategy` was selected.
+def resolve_kernel(
+    strategy: FlashAttentionStrategy,
+    *,
+    q_len: int,
+    plain: bool,
+    device_type: str = "cpu",
+    attn_kernel_enabled: bool | None = None,
+) -> KernelChoice:
+    """Say what computes a prefill for which `strategy` was selected.
 
     Args:
         strategy: from `get_flash_attention_strategy`.
-        head_dim: width of a head.
+        q_len: queries on this rank.
+        plain: causal or full attention and nothing else (`PrefillRule.plain`).
+        device_type: where it runs.
+        attn_kernel_enabled: False keeps to the native form.
 
     Returns:
-        The choice; its implementation is always "native" in this version.
+        The first that fits:
+
+        | condition | implementation |
+        | --- | --- |
+        | `attn_kernel_enabled` is False | NATIVE |
+        | no strategy, q_len < NATIVE_LENGTHS | NATIVE |
+        | plain, on cpu or cuda | SDPA |
+        | otherwise | FLASH |
     """
-    if strategy is FlashAttentionStrategy.NONE:
-        reason = "no kernel was selected"
-    elif head_dim > MAX_KERNEL_HEAD_DIM:
-        reason = f"{strategy.name} serves head_dim up to {MAX_KERNEL_HEAD_DIM}, got {head_dim}"
-    else:
-        reason = f"{strategy.name} is not bound to an NKI kernel in this version"
-    return KernelChoice(strategy=strategy, implementation="native", reason=reason)
+    if attn_kernel_enabled is False:
+        return _choice(strategy, Implementation.NATIVE, "attn_kernel_enabled is False")
+    if strategy is FlashAttentionStrategy.NONE and q_len < NATIVE_LENGTHS:
+        return _choice(
+            strategy,
+            Implementation.NATIVE,
+            f"q_len {q_len} is below {NATIVE_LENGTHS}: no kernel pays",
+        )
+    if plain and device_type in SDPA_DEVICES:
+        return _choice(strategy, Implementation.SDPA, "PyTorch's fused attention can express it")
+    return _choice(strategy, Implementation.FLASH, "the streamed torch form serves every case")
+
+
+def _choice(
+    strategy: FlashAttentionStrategy, implementation: Implementation, reason: str
+) -> KernelChoice:
+    return KernelChoice(strategy=strategy, implementation=implementation, reason=reason)

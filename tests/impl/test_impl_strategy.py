@@ -6,7 +6,7 @@ from impl_layers import layer
 
 from impl import ConfigError, get_flash_attention_strategy
 from impl import FlashAttentionStrategy as S
-from impl.strategy import resolve_kernel
+from impl.strategy import NATIVE_LENGTHS, Implementation, resolve_kernel
 
 DIM = 128
 
@@ -98,11 +98,11 @@ def test_an_uneven_length_on_two_cores_is_logged(caplog: pytest.LogCaptureFixtur
     assert "no multiple of 512" in caplog.text
 
 
-def test_a_layer_says_which_kernel_it_wanted_and_what_runs() -> None:
+def test_a_layer_says_which_kernel_it_wanted_and_what_computes_it() -> None:
     made = layer(run={"logical_nc_config": 2})
     choice = made.kernel_choice(1024)
-    assert (choice.strategy, choice.implementation) == (S.SHARDED_KERNEL, "native")
-    assert "not bound" in choice.reason
+    assert (choice.strategy, choice.implementation) == (S.SHARDED_KERNEL, Implementation.SDPA)
+    assert "can express it" in choice.reason
     assert made.get_flash_attention_strategy(1024, True) is S.SHARDED_KERNEL
 
 
@@ -115,5 +115,44 @@ def test_kernels_that_are_asked_for_and_not_bound_are_logged(
     assert "['attn_kernel_enabled', 'qkv_kernel_enabled']" in caplog.text
 
 
-def test_a_wide_head_is_named_as_the_reason() -> None:
-    assert "head_dim up to 128, got 256" in resolve_kernel(S.UNSHARDED_KERNEL, 256).reason
+@pytest.mark.parametrize(
+    ("strategy", "q_len", "plain", "device", "enabled", "expected"),
+    [
+        (S.NONE, NATIVE_LENGTHS - 1, True, "cpu", None, Implementation.NATIVE),
+        (S.NONE, NATIVE_LENGTHS, True, "cpu", None, Implementation.SDPA),
+        (S.NONE, NATIVE_LENGTHS, True, "cuda", None, Implementation.SDPA),
+        (S.NONE, NATIVE_LENGTHS, True, "neuron", None, Implementation.FLASH),
+        (S.NONE, NATIVE_LENGTHS, False, "cpu", None, Implementation.FLASH),
+        (S.NONE, 1 << 20, True, "cpu", False, Implementation.NATIVE),
+        (S.SHARDED_KERNEL, 256, True, "cpu", None, Implementation.SDPA),
+        (S.SHARDED_KERNEL, 256, False, "cpu", None, Implementation.FLASH),
+        (S.UNSHARDED_KERNEL, 512, True, "cpu", True, Implementation.SDPA),
+    ],
+)
+def test_the_first_implementation_that_fits_computes_the_step(
+    strategy: S, q_len: int, plain: bool, device: str, enabled: bool | None, expected: Any
+) -> None:
+    choice = resolve_kernel(
+        strategy, q_len=q_len, plain=plain, device_type=device, attn_kernel_enabled=enabled
+    )
+    assert (choice.strategy, choice.implementation) == (strategy, expected)
+
+
+@pytest.mark.parametrize(
+    ("features", "call", "plain"),
+    [
+        ({}, {}, True),
+        ({"learned_sinks_size": 1}, {}, False),
+        ({"attn_logit_softcapping": 5.0}, {}, False),
+        ({"sliding_window": 4}, {}, False),
+        ({"attention_chunk_size": 4}, {}, False),
+        ({"run": {"padding_side": "left"}}, {}, False),
+        ({}, {"explicit_mask": True}, False),
+        ({}, {"prior": True}, False),
+    ],
+)
+def test_pytorchs_attention_gets_only_what_it_can_express(
+    features: dict[str, Any], call: dict[str, Any], plain: bool
+) -> None:
+    choice = layer(**features).kernel_choice(NATIVE_LENGTHS, **call)
+    assert choice.implementation is (Implementation.SDPA if plain else Implementation.FLASH)
