@@ -32,6 +32,15 @@ _SUBJECT = click.option(
     metavar="NAME",
     help=f"What to judge: {', '.join(BUILT_IN)} or module:callable.",
 )
+_SUBJECTS = click.option(
+    "--subject",
+    "subjects",
+    multiple=True,
+    default=["impl"],
+    show_default=True,
+    metavar="NAME",
+    help=f"What to judge: {', '.join(BUILT_IN)} or module:callable; repeatable.",
+)
 _PROFILE = click.option(
     "--profile",
     type=click.Choice(list(PROFILES)),
@@ -69,7 +78,7 @@ def main() -> None:
 
 
 @main.command()
-@_SUBJECT
+@_SUBJECTS
 @_PROFILE
 @_TIER
 @_SUITE
@@ -122,7 +131,7 @@ def main() -> None:
     help="Processes to judge in.",
 )
 def run(
-    subject: str,
+    subjects: tuple[str, ...],
     profile: str | None,
     tier: str,
     suites: tuple[str, ...],
@@ -136,37 +145,41 @@ def run(
     report: Path,
     jobs: int,
 ) -> None:
-    """Judge a subject and write results and report."""
+    """Judge one subject or several and write results and report."""
     from conformance.session import run_session, summary_table
 
     try:
-        loaded = load_subject(subject, profile=profile)
-        cases = select_cases(
-            loaded, tier=tier, suites=suites, presets=presets, model=model, ids=ids
+        chosen = [load_subject(name, profile=profile) for name in dict.fromkeys(subjects)]
+        total = sum(
+            len(select_cases(one, tier=tier, suites=suites, presets=presets, model=model, ids=ids))
+            for one in chosen
         )
     except UsageError as error:
         raise _Failure(str(error)) from error
     for path in (results, report):
         if not path.absolute().parent.is_dir():
             raise _Failure(f"{path} cannot be written: {path.absolute().parent} is no directory")
-    options = ["--subject", subject, "--tier", tier]
+    options = ["--tier", tier]
     options += ["--profile", profile] if profile else []
     options += ["--model", model] if model else []
     options += ["--exact-rules", exact]
-    options += ["--false-alarm-rate", str(rate), "--cases-in-run", str(in_run or len(cases))]
-    for name, values in (("--suite", suites), ("--preset", presets), ("--case", ids)):
+    options += ["--false-alarm-rate", str(rate), "--cases-in-run", str(in_run or total)]
+    named = (("--subject", subjects), ("--suite", suites), ("--preset", presets), ("--case", ids))
+    for name, values in named:
         for value in values:
             options += [name, value]
     options += ["--results", str(results), "--report", str(report)]
     os.environ["ATTN_CONFORMANCE_COMMAND"] = shlex.join(["attn-conformance", *sys.argv[1:]])
-    if not run_session(options, total=len(cases), jobs=min(jobs, len(cases)), console=_console):
+    if not run_session(options, total=total, jobs=min(jobs, total), console=_console):
         raise _Failure("the session ended before every case was judged; its output is above")
     found = read_results(results)
     _console.print(summary_table(found))
     _print_failures(found)
     _console.print(f"results: {results}\nreport:  {report}", highlight=False)
     if all(case.verdict == "UNSUPPORTED" for case in found.cases):
-        raise _Failure(f"{subject} claims none of these cases, so nothing was judged")
+        raise _Failure(
+            f"{' and '.join(subjects)} claims none of these cases, so nothing was judged"
+        )
     sys.exit(1 if any(case.failed for case in found.cases) else 0)
 
 

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 _RECORD = "conformance_record"
 _RESOLVED = pytest.StashKey["Plan"]()
-_PACKAGES = ("numpy", "scipy", "torch", "torch-neuronx", "ml_dtypes", "pytest", "attn-conformance")
+_PACKAGES = (
+    *("numpy", "scipy", "torch", "torch-neuronx", "torch-mlir", "jaxlib", "ml_dtypes", "pytest"),
+    "attn-conformance",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,9 +39,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("attn-conformance", "attention conformance")
     group.addoption(
         "--subject",
-        default="impl",
+        action="append",
+        default=[],
         metavar="NAME",
-        help="what to judge: impl, torch-sdpa or module:callable (default: impl)",
+        help="what to judge: impl, torch-sdpa, ... or module:callable; repeatable (default: impl)",
     )
     group.addoption(
         "--profile", default=None, metavar="NAME", help="precision profile instead of the claimed"
@@ -103,13 +107,11 @@ class Plan(NamedTuple):
     """What a session is to judge.
 
     Attributes:
-        subject: what to judge.
-        cases: what to judge it on.
-        alarms: the run's chance of a false alarm, shared by those cases.
+        pairs: what to judge, on what; one subject after the other.
+        alarms: the run's chance of a false alarm, shared by all of them.
     """
 
-    subject: Subject
-    cases: list[Case]
+    pairs: list[tuple[Subject, Case]]
     alarms: FalseAlarms
 
 
@@ -125,23 +127,34 @@ def resolve(config: pytest.Config) -> Plan:
 
     if _RESOLVED not in config.stash:
         try:
-            subject = load_subject(config.getoption("subject"), profile=config.getoption("profile"))
-            cases = select_cases(
-                subject,
-                tier=config.getoption("tier"),
-                suites=config.getoption("suite"),
-                presets=config.getoption("preset"),
-                model=config.getoption("model"),
-                ids=config.getoption("case"),
-            )
+            pairs = [
+                (subject, case)
+                for subject in (
+                    load_subject(name, profile=config.getoption("profile"))
+                    for name in subject_names(config)
+                )
+                for case in select_cases(
+                    subject,
+                    tier=config.getoption("tier"),
+                    suites=config.getoption("suite"),
+                    presets=config.getoption("preset"),
+                    model=config.getoption("model"),
+                    ids=config.getoption("case"),
+                )
+            ]
             alarms = FalseAlarms(
                 rate=config.getoption("false_alarm_rate"),
-                cases=config.getoption("cases_in_run") or max(len(cases), 1),
+                cases=config.getoption("cases_in_run") or max(len(pairs), 1),
             )
         except UsageError as error:
             raise pytest.UsageError(str(error)) from None
-        config.stash[_RESOLVED] = Plan(subject, cases, alarms)
+        config.stash[_RESOLVED] = Plan(pairs, alarms)
     return config.stash[_RESOLVED]
+
+
+def subject_names(config: pytest.Config) -> list[str]:
+    """Return the subjects asked for, each once; `impl` if none is."""
+    return list(dict.fromkeys(config.getoption("subject"))) or ["impl"]
 
 
 def attach(request: pytest.FixtureRequest, record: CaseRecord) -> None:
@@ -176,7 +189,8 @@ class _Recorder:
         from reports.records import Results
 
         environment = describe_environment(self._config, self._started, len(self._records))
-        records = sorted(self._records, key=lambda record: (record.suite, record.case_id))
+        names = subject_names(self._config)
+        records = sorted(self._records, key=lambda r: (names.index(r.subject), r.suite, r.case_id))
         if results:
             write_results(Path(results), environment, records)
         if report:
@@ -195,7 +209,7 @@ def describe_environment(config: pytest.Config, started: float, judged: int) -> 
     alarms = FalseAlarms(rate=rate, cases=config.getoption("cases_in_run") or max(judged, 1))
     return {
         "command": os.environ.get("ATTN_CONFORMANCE_COMMAND", shlex.join(_command_line())),
-        "subject": config.getoption("subject"),
+        "subject": ", ".join(subject_names(config)),
         "tier": config.getoption("tier"),
         "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(started)),
         "seconds": round(time.time() - started, 1),

@@ -75,18 +75,22 @@ def summary_table(results: Results) -> Table:
     """Return verdicts counted by suite, with the worst statistic as a multiple of its limit."""
     table = Table(title=f"{results.environment.get('subject', '')}: verdicts", title_justify="left")
     seen = [verdict for verdict in VERDICTS if any(c.verdict == verdict for c in results.cases)]
+    several = len({case.subject for case in results.cases}) > 1
+    if several:
+        table.add_column("subject")
     table.add_column("suite")
     table.add_column("cases", justify="right")
     for verdict in seen:
         bad = verdict not in ("CONFORMS", "UNSUPPORTED")
         table.add_column(verdict, justify="right", style="red" if bad else None)
     table.add_column("worst / limit", justify="right")
-    by_suite: dict[str, list[CaseRecord]] = {}
+    by_suite: dict[tuple[str, str], list[CaseRecord]] = {}
     for case in results.cases:
-        by_suite.setdefault(case.suite, []).append(case)
-    for suite, cases in by_suite.items():
+        by_suite.setdefault((case.subject, case.suite), []).append(case)
+    for (subject, suite), cases in by_suite.items():
         counts = Counter(case.verdict for case in cases)
         worst = max(case.worst_ratio for case in cases)
         numbers = [str(counts[verdict]) for verdict in seen]
-        table.add_row(suite, str(len(cases)), *numbers, f"{worst:.2f}")
+        names = (subject, suite) if several else (suite,)
+        table.add_row(*names, str(len(cases)), *numbers, f"{worst:.2f}")
     return table

@@ -139,8 +139,8 @@ def _each(names: tuple[str, ...], cases: tuple[CaseRecord, ...]) -> list[tuple[s
 def _matrices(
     names: tuple[str, ...], cases: tuple[CaseRecord, ...]
 ) -> list[tuple[str, str, str, Matrix]]:
-    """Return subject, title, name of the rows and matrix; no subject is named when it is alone."""
-    chosen = names if len(names) > 1 else ("",)
+    """Return subject, title, name of the rows and matrix; several subjects are compared first."""
+    chosen = ("", *names) if len(names) > 1 else ("",)
     return [
         (subject, title, row, matrix(cases, subject=subject))
         for subject in chosen

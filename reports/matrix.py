@@ -95,7 +95,7 @@ class Matrix:
     """A table of cells.
 
     Attributes:
-        columns: `(phase, dtype)` of every column, grouped by phase.
+        columns: group and label of every column, phase and dtype as a rule.
         rows: label and cells of every row; one cell over all columns, then one per column.
     """
 
@@ -103,10 +103,10 @@ class Matrix:
     rows: tuple[tuple[str, tuple[Cell, ...]], ...]
 
     @property
-    def phases(self) -> list[tuple[str, int]]:
-        """Every phase and the number of columns under it."""
+    def groups(self) -> list[tuple[str, int]]:
+        """Every group and the number of columns under it."""
         groups = groupby(self.columns, key=lambda column: column[0])
-        return [(phase, len(list(group))) for phase, group in groups]
+        return [(name, len(list(group))) for name, group in groups]
 
 
 def _position(known: Sequence[str], name: str) -> tuple[int, str]:
@@ -142,13 +142,19 @@ def _matrix(
         cases: records of one report, of any suite.
         rows_of: the rows a case counts in.
         suites: suites to count.
-        subject: count only this subject's cases; empty counts all.
+        subject: count only this subject's cases; empty gives every subject a column.
     """
     chosen = [case for case in cases if case.suite in suites and subject in ("", case.subject)]
-    columns = sorted(
-        {(case.phase, case.dtype) for case in chosen},
-        key=lambda column: (_position(_PHASES, column[0]), _position(_DTYPES, column[1])),
-    )
+    several = not subject and len({case.subject for case in chosen}) > 1
+
+    def column_of(case: CaseRecord) -> tuple[str, str]:
+        return ("subject", case.subject) if several else (case.phase, case.dtype)
+
+    columns = list(dict.fromkeys(map(column_of, chosen)))
+    if not several:
+        columns.sort(
+            key=lambda column: (_position(_PHASES, column[0]), _position(_DTYPES, column[1]))
+        )
     members: dict[_Row, list[CaseRecord]] = {(): chosen} if chosen else {}
     for case in chosen:
         for row in set(rows_of(case)):
@@ -158,10 +164,15 @@ def _matrix(
         filters = {**dict(row), "suite": " ".join(suites), "subject": subject}
         places: dict[tuple[str, str], list[CaseRecord]] = {column: [] for column in columns}
         for case in members[row]:
-            places[case.phase, case.dtype].append(case)
+            places[column_of(case)].append(case)
         return (
             _cell(members[row], **filters),
-            *(_cell(places[p, d], **filters, phase=p, dtype=d) for p, d in columns),
+            *(
+                _cell(places[group, name], **{**filters, "subject": name})
+                if several
+                else _cell(places[group, name], **filters, phase=group, dtype=name)
+                for group, name in columns
+            ),
         )
 
     return Matrix(
@@ -171,7 +182,13 @@ def _matrix(
 
 
 def feature_matrix(cases: Sequence[CaseRecord], *, subject: str = "") -> Matrix:
-    """Count the cases of the feature suites; a case counts in the row of every feature it lists."""
+    """Count the cases of the feature suites; a case counts in the row of every feature it lists.
+
+    Args:
+        cases: records of one report.
+        subject: count this subject's cases, a column per phase and dtype; empty counts all, and if
+            that is more than one subject's, a column per subject.
+    """
     return _matrix(
         cases,
         lambda case: [(("feature", feature),) for feature in case.features or (NONE,)],
@@ -181,7 +198,12 @@ def feature_matrix(cases: Sequence[CaseRecord], *, subject: str = "") -> Matrix:
 
 
 def model_matrix(cases: Sequence[CaseRecord], *, subject: str = "") -> Matrix:
-    """Count the cases of the model suites, a row per model and layer kind."""
+    """Count the cases of the model suites, a row per model and layer kind.
+
+    Args:
+        cases: records of one report.
+        subject: as in `feature_matrix`.
+    """
     return _matrix(
         cases,
         lambda case: [(("model", case.model or NONE), ("layer", case.layer or NONE))],

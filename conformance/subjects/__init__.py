@@ -30,6 +30,8 @@ __all__ = [
 
 BUILT_IN = {
     "impl": "conformance.subjects.impl:attention_layer",
+    "impl-compiled": "conformance.subjects.impl_compiled:attention_layer",
+    "impl-stablehlo": "conformance.subjects.impl_stablehlo:attention_layer",
     "torch-sdpa": "conformance.subjects.torch_sdpa:attention",
 }
 """Subjects that need no `module:callable`."""
@@ -55,6 +57,8 @@ def load_subject(name: str, *, profile: str | None = None) -> Subject:
         sys.path.insert(0, str(Path.cwd()))
     try:
         found = importlib.import_module(module_name)
+    except UsageError as error:
+        raise UsageError(f"subject {name!r}: {error}") from error
     except Exception as error:
         raise UsageError(
             f"subject {name!r} does not import: {type(error).__name__}: {error}"

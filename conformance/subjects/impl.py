@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -22,7 +23,12 @@ from golden import (
 _SCALINGS = (type(None), LinearScaling, Llama3Scaling, YarnScaling)
 
 
-def _unsupported(case: Case) -> str | None:
+Layer: TypeAlias = tuple[impl.NeuronAttentionBase, dict[str, Any]]
+"""A module, and keyword arguments for its forward."""
+
+
+def unsupported(case: Case) -> str | None:
+    """Return what the module does not serve of a case, None if it serves it."""
     config = case.config
     if config.learned_sinks_size is not None and config.attention_chunk_size is not None:
         return "the module refuses learned sinks with chunked attention"
@@ -43,10 +49,15 @@ def _unsupported(case: Case) -> str | None:
     return None
 
 
-@subject(scope="layer", profile="native", unsupported=_unsupported)
+@subject(scope="layer", profile="native", unsupported=unsupported)
 def attention_layer(call: LayerCall) -> LayerOutput:
     """Run `NeuronAttentionBase`: a prompt at once, or tokens one after the other with a cache."""
-    module, polar = build_module(call)
+    return run_layer(call, build_module)
+
+
+def run_layer(call: LayerCall, layer: Callable[[LayerCall], Layer]) -> LayerOutput:
+    """Run the layer that `layer` makes of a call."""
+    module, polar = layer(call)
     with torch.no_grad():
         if call.k_cache is None or call.v_cache is None:
             return _prefill(module, call, polar)
@@ -92,7 +103,7 @@ def _decode(
     return LayerOutput(output=torch.cat(outputs, dim=1), k_cache=k, v_cache=v)
 
 
-def build_module(call: LayerCall) -> tuple[impl.NeuronAttentionBase, dict[str, Any]]:
+def build_module(call: LayerCall) -> Layer:
     """Build the module of a call, load its weights, and say what each forward needs besides.
 
     Returns:

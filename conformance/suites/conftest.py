@@ -1,4 +1,4 @@
-"""One test per selected case."""
+"""One test per subject and selected case."""
 
 from __future__ import annotations
 
@@ -7,20 +7,15 @@ import torch
 
 from conformance.false_alarms import FalseAlarms
 from conformance.plugin import resolve
-from conformance.subjects import Subject
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Make one test of `case` per selected case."""
+    """Make one test of `subject` and `case` per subject and case selected for it."""
     if "case" in metafunc.fixturenames:
-        cases = resolve(metafunc.config).cases
-        metafunc.parametrize("case", cases, ids=[case.id for case in cases])
-
-
-@pytest.fixture(scope="session")
-def subject(request: pytest.FixtureRequest) -> Subject:
-    """The subject that `--subject` names."""
-    return resolve(request.config).subject
+        pairs = resolve(metafunc.config).pairs
+        alone = len({subject.name for subject, _ in pairs}) == 1
+        ids = [case.id if alone else f"{case.id}@{subject.name}" for subject, case in pairs]
+        metafunc.parametrize(("subject", "case"), pairs, ids=ids)
 
 
 @pytest.fixture(scope="session")

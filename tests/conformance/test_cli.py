@@ -86,7 +86,7 @@ def test_list_presets_subjects_and_profiles_name_each_of_them() -> None:
 BAD_USE: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown preset": (("run", "--preset", "gpt-oss-21b"), "did you mean 'gpt-oss-20b'"),
     "unknown model": (("run", "--model", "smollm3"), "model must be one of smollm2, got 'smollm3'"),
-    "unknown subject": (("run", "--subject", "mine"), "subject must be one of impl, torch-sdpa"),
+    "unknown subject": (("run", "--subject", "mine"), "subject must be one of impl, impl-compiled"),
     "subject that does not import": (
         ("run", "--subject", "no_such_module:kernel"),
         "subject 'no_such_module:kernel' does not import: ModuleNotFoundError",

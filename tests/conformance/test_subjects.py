@@ -16,11 +16,12 @@ from conformance.subjects.impl import attention_layer
 
 
 def test_built_in_subjects_load_with_their_claims() -> None:
-    loaded = {name: load_subject(name) for name in BUILT_IN}
+    loaded = {name: load_subject(name) for name in BUILT_IN if name != "impl-stablehlo"}
     assert (loaded["impl"].scope, loaded["impl"].profile) == ("layer", "native")
     assert loaded["impl"].function is attention_layer
     assert (loaded["torch-sdpa"].scope, loaded["torch-sdpa"].profile) == ("core", "sdpa")
-    assert all(loaded[name].name == name for name in BUILT_IN)
+    assert (loaded["impl-compiled"].scope, loaded["impl-compiled"].profile) == ("layer", "native")
+    assert all(subject.name == name for name, subject in loaded.items())
 
 
 def test_module_and_callable_load_from_the_working_directory(
@@ -47,7 +48,7 @@ def test_profile_may_be_replaced_and_the_rest_of_the_claim_stays() -> None:
 
 
 REFUSED = {
-    "no colon": ("kernel", "must be one of impl, torch-sdpa or 'module:callable'"),
+    "no colon": ("kernel", "torch-sdpa or 'module:callable', got 'kernel'"),
     "no module": (":kernel", "must be one of"),
     "no callable": ("planted:", "must be one of"),
     "unknown module": ("no_such_module:kernel", "does not import: ModuleNotFoundError"),

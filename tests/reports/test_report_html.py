@@ -211,12 +211,12 @@ def test_environment_may_lack_every_key(make_case: MakeCase) -> None:
     assert Page(render(Results(environment={}, cases=()))).text.count("No verdict") == 1
 
 
-def test_subjects_have_matrices_of_their_own(
+def test_subjects_are_compared_and_have_matrices_of_their_own(
     make_case: MakeCase, make_results: MakeResults
 ) -> None:
     theirs = make_case(subject="theirs", verdict="UNSUPPORTED")
     page = Page(render(make_results(make_case(), theirs)))
-    assert page.tags.count("table") == 4
+    assert page.tags.count("table") == 5
     assert "Conforms: the one case passes." in page.text
     assert "No verdict: no case was judged" in page.text
     assert "cte-bf16-b1-hq32-hkv8-s512-d128@theirs" in page.data["strings"]

@@ -36,7 +36,7 @@ def test_columns_are_grouped_by_phase_in_order_of_precision(make_case: MakeCase)
         for dtype in ("bfloat16", "float32", "mxfp4")
     ]
     matrix = feature_matrix(cases)
-    assert matrix.phases == [("context encoding", 3), ("token generation", 3)]
+    assert matrix.groups == [("context encoding", 3), ("token generation", 3)]
     assert [dtype for _, dtype in matrix.columns[:3]] == ["float32", "bfloat16", "mxfp4"]
 
 
@@ -115,6 +115,22 @@ def test_matrix_of_one_subject_leaves_out_the_others(make_case: MakeCase) -> Non
     cases = [make_case(), make_case(subject="theirs", verdict="CRASHED")]
     assert cell(feature_matrix(cases, subject="impl"), "all cases").state == "passed"
     assert cell(feature_matrix(cases, subject="theirs"), "all cases").state == "failed"
+
+
+def test_several_subjects_get_a_column_each_with_links_to_their_cases(make_case: MakeCase) -> None:
+    cases = [
+        make_case(features=("a", "b")),
+        make_case(features=("a",), subject="theirs", verdict="CRASHED"),
+        make_case(features=("a",), dtype="float32"),
+    ]
+    matrix = feature_matrix(cases)
+    assert matrix.columns == (("subject", "impl"), ("subject", "theirs"))
+    assert matrix.groups == [("subject", 2)]
+    assert cell(matrix, "a", "subject", "impl").passed == 2
+    assert cell(matrix, "a", "subject", "theirs").state == "failed"
+    assert cell(matrix, "b", "subject", "theirs").state == "blank"
+    link = cell(matrix, "a", "subject", "theirs").link
+    assert link == "#feature=a&suite=features%20core&subject=theirs"
 
 
 def test_matrix_without_cases_has_no_rows() -> None:

@@ -1,0 +1,16 @@
+"""`impl` as a subject by the stages of Neuron's compiler: one graph, StableHLO, XLA's CPU code."""
+
+from __future__ import annotations
+
+from conformance.stablehlo import StableHLOBackend
+from conformance.subjects.base import LayerCall, LayerOutput, subject
+from conformance.subjects.impl import run_layer, unsupported
+from conformance.subjects.impl_compiled import CompiledLayers
+
+_layers = CompiledLayers(StableHLOBackend())
+
+
+@subject(scope="layer", profile="native", unsupported=unsupported)
+def attention_layer(call: LayerCall) -> LayerOutput:
+    """Run `NeuronAttentionBase` as one graph, lowered to StableHLO and compiled by XLA for CPU."""
+    return run_layer(call, _layers)
