@@ -59,10 +59,14 @@ class NeuronConfig:
         is_prefix_caching: prefill reads cached prefixes.
         is_chunked_prefill: prefill is cut into chunks that share a step with decode.
         is_block_kv_layout: the cache is paged.
+        pa_num_blocks: blocks of a paged cache; None without one.
+        pa_block_size: slots of a block.
         is_prefill_stage: the phase a submodel is compiled for; None if it serves both.
         flash_decoding_enabled: the cache is split along the sequence within a KV group.
         k_cache_transposed: keys are cached as `(batch, kv_heads, head_dim, slots)`.
         kv_cache_quant: the cache holds a narrower format.
+        kv_cache_quant_dtype: that format: float8_e4m3fn, float8_e5m2, or int8, which needs scales.
+        kv_cache_quant_bound: largest magnitude of a scaled code; None is the format's.
         kv_cache_tiling: the cache's sequence axis is stored tiled.
         windowed_context_encoding_size: prefill in windows of this many tokens; None is at once.
         speculation_length: draft tokens per step, 0 for none.
@@ -105,10 +109,14 @@ class NeuronConfig:
     is_prefix_caching: bool = False
     is_chunked_prefill: bool = False
     is_block_kv_layout: bool = False
+    pa_num_blocks: int | None = None
+    pa_block_size: int | None = None
     is_prefill_stage: bool | None = None
     flash_decoding_enabled: bool = False
     k_cache_transposed: bool = False
     kv_cache_quant: bool = False
+    kv_cache_quant_dtype: torch.dtype = torch.float8_e4m3fn
+    kv_cache_quant_bound: float | None = None
     kv_cache_tiling: bool = False
     windowed_context_encoding_size: int | None = None
     speculation_length: int = 0
@@ -172,6 +180,8 @@ class NeuronConfig:
                 "cp_degree",
                 "attention_dp_degree",
                 "windowed_context_encoding_size",
+                "pa_num_blocks",
+                "pa_block_size",
             ),
         )
         sides = ("right", "left")

@@ -28,14 +28,6 @@ _SERVED_VALUES: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("lora_config", (None,), "merge the adapter into the weights"),
 )
 
-_SERVED_CACHE_VALUES: tuple[tuple[str, tuple[object, ...], str], ...] = (
-    *_SERVED_VALUES,
-    ("is_continuous_batching", (False,), "batch row b owns cache line b"),
-    ("kv_cache_quant", (False,), "the cache has the model's dtype"),
-    ("kv_cache_tiling", (False,), "the cache is stored flat"),
-    ("padding_side", ("right",), "slots are positions"),
-)
-
 # Keyword arguments of the cache manager that pass through `forward`.
 CACHE_KEYWORDS = frozenset(
     {
@@ -62,18 +54,6 @@ def check_layer_config(neuron_config: NeuronConfig) -> None:
         UnsupportedError: a field has a value that is not served.
     """
     for name, served, hint in _SERVED_VALUES:
-        value = getattr(neuron_config, name)
-        if value not in served:
-            _refuse(name, f"be {served[0]!r} in this version", value, hint)
-
-
-def check_cache_config(neuron_config: NeuronConfig) -> None:
-    """Refuse a cache this version cannot keep.
-
-    Raises:
-        UnsupportedError: a field has a value that is not served.
-    """
-    for name, served, hint in _SERVED_CACHE_VALUES:
         value = getattr(neuron_config, name)
         if value not in served:
             _refuse(name, f"be {served[0]!r} in this version", value, hint)

@@ -42,6 +42,22 @@ class SlotLayout(ABC):
             positions: int64, none negative.
         """
 
+    def stays(self, positions: Tensor, newest: Tensor) -> Tensor:
+        """Whether each position of a step is still held once the newest one is written.
+
+        Args:
+            positions: `(batch, seq_len)`, int64, those of the step.
+            newest: `(batch, 1)`, int64, the largest of each row.
+
+        Returns:
+            `(batch, seq_len)`, bool.
+        """
+        return torch.ones_like(positions, dtype=torch.bool)
+
+    @abstractmethod
+    def slots_for(self, length: int) -> int:
+        """Slots that positions below `length` use; they are the first ones of the cache."""
+
     @abstractmethod
     def held(self, cached: Tensor, slots: Tensor, count: int) -> Tensor:
         """Position in each slot, before those that are not cached (negative) are cleared.
@@ -63,6 +79,10 @@ class ContiguousSlots(SlotLayout):
     def slot_of(self, positions: Tensor) -> Tensor:
         """See `SlotLayout`."""
         return positions
+
+    def slots_for(self, length: int) -> int:
+        """See `SlotLayout`."""
+        return length
 
     def held(self, cached: Tensor, slots: Tensor, count: int) -> Tensor:
         """See `SlotLayout`."""
@@ -105,6 +125,14 @@ class RollingSlots(SlotLayout):
             return torch.full_like(positions, NOWHERE)
         return torch.remainder(positions, self.ring)
 
+    def stays(self, positions: Tensor, newest: Tensor) -> Tensor:
+        """See `SlotLayout`."""
+        return positions > newest - self.ring
+
+    def slots_for(self, length: int) -> int:
+        """See `SlotLayout`; one slot even if the ring has none, as a cache is never empty."""
+        return max(min(self.ring, length), 1)
+
     def held(self, cached: Tensor, slots: Tensor, count: int) -> Tensor:
         """See `SlotLayout`."""
         if self.ring == 0:
@@ -131,6 +159,14 @@ class ChunkSlots(SlotLayout):
     def slot_of(self, positions: Tensor) -> Tensor:
         """See `SlotLayout`."""
         return torch.remainder(positions, self.size)
+
+    def stays(self, positions: Tensor, newest: Tensor) -> Tensor:
+        """See `SlotLayout`."""
+        return positions >= newest - torch.remainder(newest, self.size)
+
+    def slots_for(self, length: int) -> int:
+        """See `SlotLayout`."""
+        return min(self.size, length)
 
     def held(self, cached: Tensor, slots: Tensor, count: int) -> Tensor:
         """See `SlotLayout`."""
@@ -160,6 +196,10 @@ class ShardSlots(SlotLayout):
         elsewhere = torch.remainder(positions, self.cores) != self.core
         return slots.masked_fill(elsewhere, NOWHERE)
 
+    def slots_for(self, length: int) -> int:
+        """See `SlotLayout`; as many on every core."""
+        return -(-length // self.cores)
+
     def held(self, cached: Tensor, slots: Tensor, count: int) -> Tensor:
         """See `SlotLayout`."""
         return slots * self.cores + self.core
@@ -177,6 +217,10 @@ class LeftPaddedSlots(SlotLayout):
         raise ConfigError(
             explain("layout", "give each position a slot", "LeftPaddedSlots", "append instead")
         )
+
+    def slots_for(self, length: int) -> int:
+        """See `SlotLayout`; here they are the last ones of the cache."""
+        return length
 
     def held(self, cached: Tensor, slots: Tensor, count: int) -> Tensor:
         """See `SlotLayout`."""

@@ -100,7 +100,7 @@ def cache_slot_off_by_one(call: LayerCall) -> LayerOutput:
     update = impl.KVCacheManager.update_kv_by_layer_id
 
     def late(self: Any, idx: int, *, position_ids: Tensor, **rest: Any) -> Any:
-        slots = (position_ids + 1) % self.kv_shape[2]
+        slots = (position_ids + 1) % self.caches[idx].slots
         return update(self, idx, position_ids=slots, **rest)
 
     with mock.patch.object(impl.KVCacheManager, "update_kv_by_layer_id", late):

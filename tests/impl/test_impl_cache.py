@@ -4,8 +4,7 @@ import pytest
 import torch
 from impl_layers import KV_HEADS, WIDTH, model
 
-from impl import AttentionError, KVCacheManager, ShapeError, UnsupportedError
-from impl.kv_cache import write_positions
+from impl import AttentionError, KVCacheManager, ShapeError
 
 SLOTS = 8
 PADDED = torch.tensor([[2, 3, -1], [0, 5, 7]])
@@ -22,10 +21,11 @@ def new_kv(seq_len: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_tokens_are_written_at_their_positions_and_nowhere_else() -> None:
+    made, (new, new_v) = manager(), new_kv()
     before = torch.randn(2, KV_HEADS, SLOTS, WIDTH, dtype=torch.float64)
-    kept, (new, _) = before.clone(), new_kv()
-    after = write_positions(before, new, PADDED)
-    assert torch.equal(before, kept)
+    made.store(0, (before, before))
+    after, _ = made.update_kv_by_layer_id(0, position_ids=PADDED, kv_per_layer=(new, new_v))
+    assert torch.equal(made.past_key_values[0], before)
     for b in range(2):
         for slot in range(SLOTS):
             written = [t for t in range(3) if int(PADDED[b, t]) == slot]
@@ -35,9 +35,18 @@ def test_tokens_are_written_at_their_positions_and_nowhere_else() -> None:
 
 @pytest.mark.parametrize("position", [SLOTS, SLOTS + 3])
 def test_a_position_past_the_end_is_an_error_on_cpu(position: int) -> None:
-    cache = torch.zeros(1, 1, SLOTS, 2)
-    with pytest.raises(RuntimeError, match="out of bounds"):
-        write_positions(cache, torch.ones(1, 1, 1, 2), torch.tensor([[position]]))
+    at = torch.tensor([[position], [0]])
+    with pytest.raises(IndexError, match="out of bounds"):
+        manager().update_kv_by_layer_id(0, position_ids=at, kv_per_layer=new_kv(1))
+
+
+def test_a_step_of_padding_alone_changes_nothing() -> None:
+    made = manager()
+    before = torch.randn(2, KV_HEADS, SLOTS, WIDTH, dtype=torch.float64)
+    made.store(0, (before, before))
+    at = torch.full((2, 3), -1)
+    for after in made.update_kv_by_layer_id(0, position_ids=at, kv_per_layer=new_kv()):
+        assert torch.equal(after, before)
 
 
 def test_cache_starts_as_zeros_of_the_configured_shape() -> None:
@@ -86,7 +95,11 @@ def test_a_buffer_is_written_in_place_of_the_own_cache() -> None:
     k, _ = made.update_kv_by_layer_id(
         0, position_ids=PADDED, kv_per_layer=kv, kvcache_buffer=[(ones, ones)]
     )
-    assert torch.equal(k, write_positions(ones, kv[0], PADDED))
+    plain, _ = made.update_kv_by_layer_id(0, position_ids=PADDED, kv_per_layer=kv)
+    written = torch.zeros(2, 1, SLOTS, 1, dtype=torch.bool)
+    written[0, 0, [2, 3]] = written[1, 0, [0, 5, 7]] = True
+    assert torch.equal(k, torch.where(written, plain, 1.0))
+    assert torch.equal(ones, torch.ones_like(ones))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -107,30 +120,19 @@ def test_windowed_layers_keep_their_keys_as_rows() -> None:
     made = manager(
         run={"k_cache_transposed": True}, sliding_window=4, layer_types=kinds, num_hidden_layers=2
     )
-    assert made.k_transposed == (False, True)
-    assert manager(run={"k_cache_transposed": True}, sliding_window=4).k_transposed == (False,)
-
-
-@pytest.mark.parametrize(
-    ("run", "words"),
-    [
-        ({"is_continuous_batching": True}, "is_continuous_batching must be False"),
-        ({"kv_cache_quant": True}, "kv_cache_quant"),
-        ({"kv_cache_tiling": True}, "kv_cache_tiling"),
-        ({"padding_side": "left"}, "slots are positions"),
-        ({"is_block_kv_layout": True}, "is_block_kv_layout"),
-    ],
-)
-def test_other_caches_are_refused(run: dict[str, Any], words: str) -> None:
-    with pytest.raises(UnsupportedError, match=words):
-        manager(run=run)
+    assert [cache.k_transposed for cache in made.caches] == [False, True]
+    (alone,) = manager(run={"k_cache_transposed": True}, sliding_window=4).caches
+    assert not alone.k_transposed
 
 
 @pytest.mark.parametrize(
     ("given", "error", "words"),
     [
-        ({"seq_ids": torch.arange(2)}, UnsupportedError, "seq_ids must be None"),
-        ({"scatter_index": torch.zeros(2)}, AttentionError, "scatter_index"),
+        ({"seq_ids": torch.arange(3)}, ShapeError, "seq_ids must be integers"),
+        ({"seq_ids": torch.zeros(2)}, ShapeError, "seq_ids must be integers"),
+        ({"scatter_index": torch.zeros(2)}, ShapeError, "scatter_index must have shape"),
+        ({"medusa_metadata": {}}, AttentionError, "medusa_metadata"),
+        ({"position_ids": torch.zeros(2, 3)}, ShapeError, "position_ids must be integers"),
         ({"kv_per_layer": tuple(t.transpose(1, 2) for t in new_kv())}, ShapeError, "is it BHSD"),
         ({"position_ids": PADDED[:1]}, ShapeError, "k must have shape"),
     ],

@@ -1,0 +1,150 @@
+"""A cache of lines and slots: contiguous, rolling, chunk, core-sharded or left-padded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from impl.errors import ShapeError, UnsupportedError, explain
+from impl.kv_cache.step import Step
+from impl.kv_cache.token_writes import write_tokens
+from impl.slot_positions import LeftPaddedSlots, SlotLayout
+
+TILE = 128
+"""Rows of a tiled sequence axis."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenseCache:
+    """Keys or values of one layer, a line a sequence.
+
+    Attributes:
+        layout: which slot of its line a token goes to.
+        lines: sequences.
+        heads: KV heads.
+        slots: slots of a line.
+        width: head_dim.
+        k_transposed: keys are stored as `(lines, heads, head_dim, slots)`.
+        tiled: the sequence axis is stored as `(128, slots / 128)`; slot `s` stays the `s`-th.
+    """
+
+    layout: SlotLayout
+    lines: int
+    heads: int
+    slots: int
+    width: int
+    k_transposed: bool = False
+    tiled: bool = False
+
+    def stored_shape(self, keys: bool) -> tuple[int, ...]:
+        """Shape of the stored keys, or values."""
+        if keys and self.k_transposed:
+            return (self.lines, self.heads, self.width, self.slots)
+        slots = (TILE, self.slots // TILE) if self.tiled else (self.slots,)
+        return (self.lines, self.heads, *slots, self.width)
+
+    def _rows(self, stored: Tensor, keys: bool) -> Tensor:
+        """View of what is stored as BHSD."""
+        if keys and self.k_transposed:
+            return stored.transpose(2, 3)
+        return stored.flatten(2, 3) if self.tiled else stored
+
+    def read(
+        self,
+        stored: Tensor,
+        keys: bool,
+        *,
+        lines: Tensor | None,
+        block_table: Tensor | None,
+        length: int | None,
+    ) -> Tensor:
+        """What rows find, still coded.
+
+        Args:
+            stored: the stored keys or values.
+            keys: which of them.
+            lines: `(batch,)`, int64, line of each row, any for an idle one; None is all lines.
+            block_table: must be None.
+            length: positions in use lie below it; None is all slots.
+
+        Returns:
+            `(batch, heads, slots in use, head_dim)`, BHSD; a view if `lines` is None.
+
+        Raises:
+            ShapeError: a block table.
+        """
+        _no_table(block_table)
+        rows = self._rows(stored, keys)
+        if length is not None:
+            count = min(self.layout.slots_for(length), self.slots)
+            last = isinstance(self.layout, LeftPaddedSlots)
+            rows = rows[:, :, self.slots - count :] if last else rows[:, :, :count]
+        return rows if lines is None else rows.index_select(0, lines.clamp(min=0))
+
+    def write(self, stored: Tensor, keys: bool, new: Tensor, step: Step) -> None:
+        """Write a step's tokens, in place.
+
+        Args:
+            stored: the stored keys or values.
+            keys: which of them.
+            new: `(batch, heads, seq_len, head_dim)`, BHSD, coded.
+            step: where they belong.
+
+        Raises:
+            ShapeError: a block table.
+            UnsupportedError: slots are given where tokens are appended.
+        """
+        _no_table(step.block_table)
+        rows = self._rows(stored, keys)
+        if isinstance(self.layout, LeftPaddedSlots):
+            if step.scatter_index is not None:
+                raise UnsupportedError(
+                    explain(
+                        "scatter_index",
+                        "be None in a left-padded cache",
+                        tuple(step.scatter_index.shape),
+                        "its tokens are appended",
+                    )
+                )
+            _append(rows, new, step)
+            return
+        positions = step.positions
+        if step.scatter_index is not None:
+            slots = step.scatter_index.to(torch.int64)
+        else:
+            newest = positions.amax(dim=1, keepdim=True)
+            stays = self.layout.stays(positions, newest)
+            slots = self.layout.slot_of(positions.clamp(min=0)).masked_fill(~stays, -1)
+        slots = slots.masked_fill(positions < 0, -1)
+        write_tokens(rows, new, step.lines[:, None].expand(positions.shape), slots)
+
+
+def _no_table(table: Tensor | None) -> None:
+    if table is not None:
+        raise ShapeError(
+            explain(
+                "active_block_table",
+                "be None in a cache without blocks",
+                tuple(table.shape),
+                "set is_block_kv_layout",
+            )
+        )
+
+
+def _append(cache: Tensor, new: Tensor, step: Step) -> None:
+    """Move the lines of active rows left and put the step's tokens at their end, in place.
+
+    Args:
+        cache: `(lines, heads, slots, head_dim)`, BHSD.
+        new: `(batch, heads, seq_len, head_dim)`, padded on the left.
+        step: where they belong; a row of padding alone stays as it is.
+    """
+    slots = cache.shape[2]
+    lines = step.lines.clamp(min=0)
+    moved = torch.cat((cache.index_select(0, lines), new), dim=2)[:, :, -slots:]
+    active = (step.lines >= 0) & (step.positions >= 0).any(dim=1)
+    every = torch.arange(slots, device=cache.device).expand(lines.shape[0], slots)
+    to_line = torch.where(active, step.lines, -1)[:, None].expand(lines.shape[0], slots)
+    write_tokens(cache, moved, to_line, every)
