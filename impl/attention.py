@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from impl import state_dict as checkpoints
@@ -13,12 +12,19 @@ from impl.attention_core import AttentionCore
 from impl.attention_inputs import Norm, Rotary
 from impl.config import InferenceConfig
 from impl.errors import ShapeError, UnsupportedError, explain
+from impl.forward_arguments import (
+    check_active_mask,
+    check_hidden_states,
+    given_positions,
+    require_manager,
+)
 from impl.gqa import GroupQueryAttention_O
 from impl.kv_cache import KeyValue, KVCacheManager
 from impl.layer_options import LayerOptions
 from impl.norms import QKNormPlacement, QKNormScope
 from impl.output import NeuronAttentionBaseOutput
 from impl.serving import CACHE_KEYWORDS, check_call, check_group, check_layer_config
+from impl.step import Phase, StepInputs, select_phase
 
 
 class NeuronAttentionBase(AttentionCore):
@@ -185,23 +191,28 @@ class NeuronAttentionBase(AttentionCore):
 
         Without cached keys the step is context encoding (CTE, prefill): the tokens attend among
         themselves. With them it is token generation (TKG, decode): they attend to the cache and
-        to themselves, under one softmax.
+        to themselves, under one softmax. So it is in prefill where there are cached keys: of a
+        prefix (`is_prefix_caching` and at least 128 tokens, `impl.step.PREFIX_LEN_MIN`) or of the
+        windows before (`windowed_context_encoding_window_idx`). Decode differs from those in its
+        sinks, in needing `active_mask` for several tokens, and in refusing several for chunks.
 
         Args:
             hidden_states: `(batch, seq_len, hidden_size)`, any floating dtype.
             attention_mask: True = attend. Prefill: `(batch, seq_len)`, real tokens, or
                 `(batch, 1, seq_len, seq_len)`; None is no mask at all in a full layer, and the
-                limit by position in a windowed or chunked one. Decode: slots that hold a token,
-                `(batch, cache_len)` or `(batch, 1, seq_len or 1, cache_len)`; None is every slot
-                before the step. See `impl.masks`.
+                limit by position in a windowed or chunked one. With cached keys: slots that hold
+                a token, `(batch, cache_len)` or `(batch, 1, seq_len or 1, cache_len)`; None is
+                every slot before the step. See `impl.masks`.
             position_ids: `(batch, seq_len)`, integer: position of each token, for RoPE, for
                 windows, chunks and temperature, and for cache slots. Negative marks padding.
-                None is `0, 1, ...` in prefill, and an error in decode. A prefill that is not
-                computed by the native form needs them consecutive; see `impl.kernels.prefill`.
-            past_key_value: cached K and V, `(batch, kv_heads, cache_len, head_dim)`, slot `p`
-                holding position `p`; K has its last axes exchanged if `k_cache_transposed`.
-            active_mask: `(batch, 1, seq_len, seq_len)`, which tokens of a decode step see each
-                other; needed for more than one, not read for one.
+                None is `0, 1, ...` without cached keys, and an error with them. A prefill that is
+                not computed by the native form needs them consecutive; see `impl.kernels.prefill`.
+            past_key_value: cached K and V, `(batch, kv_heads, cache_len, head_dim)`, positions by
+                slot as `kv_mgr` says for layer `idx`, or without it `cache_layout`; K has its last
+                axes exchanged if `k_cache_transposed`.
+            active_mask: `(batch, 1, seq_len, seq_len)`, which tokens of a step with cached keys see
+                each other, besides what positions rule out. Decode needs it for more than one
+                token and does not read it for one; in prefill None is by position.
             adapter_ids: must be None.
             cos_cache: cosines of an earlier layer of the same kind; both caches or neither. They
                 are used as they are, so layers of different RoPE must not share them.
@@ -214,7 +225,9 @@ class NeuronAttentionBase(AttentionCore):
             update_kv_per_layer: return the whole updated cache of layer `idx` instead of the
                 step's K and V.
             residual: returned unchanged, and not added.
-            windowed_context_encoding_window_idx: must be negative.
+            windowed_context_encoding_window_idx: which window of `windowed_context_encoding_size`
+                tokens of the prompt this is, the ones before it cached; negative is the whole
+                prompt. Cached keys are not read in window 0.
             **kwargs: `use_polar_compatible_rope` (interleaved RoPE with `rope_theta`, in place of
                 `rotary_emb`), and arguments for `kv_mgr`: `idx`, `seq_len`, `seq_ids`,
                 `kvcache_buffer`, `scatter_index`, `is_for_context_encoding`.
@@ -227,8 +240,8 @@ class NeuronAttentionBase(AttentionCore):
             UnsupportedError: an argument that this version does not serve.
             AttentionError: an unknown keyword.
         """
-        check_call(adapter_ids, windowed_context_encoding_window_idx, kwargs)
-        self._check_input(hidden_states, position_ids)
+        check_call(adapter_ids, kwargs)
+        check_hidden_states(hidden_states, self.hidden_size)
         polar = bool(kwargs.pop("use_polar_compatible_rope", False))
         cache_arguments = {name: kwargs[name] for name in CACHE_KEYWORDS if name in kwargs}
         if get_kv_per_layer:
@@ -236,8 +249,8 @@ class NeuronAttentionBase(AttentionCore):
                 raise ShapeError(
                     explain("past_key_value", "be None when get_kv_per_layer is True", "a cache")
                 )
-            past_key_value = _manager(kv_mgr, cache_arguments).get_kv_by_layer_id(
-                cache_arguments["idx"], cache_arguments.get("seq_len")
+            past_key_value = require_manager(kv_mgr, cache_arguments).get_kv_by_layer_id(
+                **cache_arguments
             )
         if residual is not None and self.neuron_config.qkv_kernel_enabled:
             raise UnsupportedError(
@@ -248,50 +261,54 @@ class NeuronAttentionBase(AttentionCore):
                     "that kernel would add it; add it before the call",
                 )
             )
-        if active_mask is not None and past_key_value is None:
-            raise ShapeError(
-                explain(
-                    "active_mask",
-                    "be None in prefill",
-                    tuple(active_mask.shape),
-                    "prefill reads attention_mask",
-                )
-            )
-        if position_ids is None:
-            if past_key_value is not None:
-                raise ShapeError(explain("position_ids", "be given in decode", None))
-            batch, seq_len, _ = hidden_states.shape
-            steps = torch.arange(seq_len, device=hidden_states.device)
-            position_ids = steps.expand(batch, seq_len)
-
-        arguments: dict[str, Any] = {
-            "hidden_states": hidden_states,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_value": past_key_value,
-            "active_mask": active_mask,
-            "cos_cache": cos_cache,
-            "sin_cache": sin_cache,
-            "rmsnorm": rmsnorm,
-            "rotary_position_ids": rotary_position_ids,
-            "residual": residual,
-            "use_polar_compatible_rope": polar,
-        }
+        phase, past_key_value = select_phase(
+            self.neuron_config,
+            hidden_states.shape[1],
+            past_key_value,
+            windowed_context_encoding_window_idx,
+        )
+        check_active_mask(active_mask, has_past=past_key_value is not None)
+        position_ids = given_positions(
+            position_ids, hidden_states, has_past=past_key_value is not None
+        )
+        cache_layout = None
+        if kv_mgr is not None and "idx" in cache_arguments:
+            cache_layout = kv_mgr.layout(cache_arguments["idx"])
+            position_ids = kv_mgr.seated(position_ids, cache_arguments.get("seq_ids"))
+        if windowed_context_encoding_window_idx == 0 and attention_mask is None:
+            attention_mask = position_ids >= 0  # A prompt's windows are causal, the first as well.
+        step = StepInputs(
+            phase=phase,
+            hidden_states=hidden_states,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_value=past_key_value,
+            cache_layout=cache_layout,
+            active_mask=active_mask,
+            cos_cache=cos_cache,
+            sin_cache=sin_cache,
+            rmsnorm=rmsnorm,
+            rotary_position_ids=rotary_position_ids,
+            residual=residual,
+            use_polar_compatible_rope=polar,
+        )
         if self.attention_chunk_size and self.cp_degree == 1:
-            output = self.chunked_attention_forward(**arguments)
+            output = self.chunked_attention_forward(step)
         elif self.attention_chunk_size:
-            output = self.chunked_attention_with_context_parallel_forward(**arguments)
+            output = self.chunked_attention_with_context_parallel_forward(step)
         elif self.sliding_window:
-            output = self.windowed_attention_forward(**arguments)
+            output = self.windowed_attention_forward(step)
         else:
-            output = self.standard_causal_attention_forward(**arguments)
+            output = self.standard_causal_attention_forward(step)
 
         if not update_kv_per_layer:
             return output
         return NeuronAttentionBaseOutput(
             hidden_states=output.hidden_states,
-            present_key_value=_manager(kv_mgr, cache_arguments).update_kv_by_layer_id(
-                position_ids=position_ids, kv_per_layer=output.present_key_value, **cache_arguments
+            present_key_value=require_manager(kv_mgr, cache_arguments).update_kv_by_layer_id(
+                position_ids=position_ids,
+                kv_per_layer=output.present_key_value,
+                **cache_arguments,
             ),
             cos_cache=output.cos_cache,
             sin_cache=output.sin_cache,
@@ -319,18 +336,18 @@ class NeuronAttentionBase(AttentionCore):
             checkpoints.check_keys(report.missing_keys, report.unexpected_keys)
         return report
 
-    def standard_causal_attention_forward(self, **arguments: Any) -> NeuronAttentionBaseOutput:
+    def standard_causal_attention_forward(self, step: StepInputs) -> NeuronAttentionBaseOutput:
         """Forward of a full layer."""
-        return self._layer_forward(**arguments)
+        return self._layer_forward(step)
 
-    def windowed_attention_forward(self, **arguments: Any) -> NeuronAttentionBaseOutput:
+    def windowed_attention_forward(self, step: StepInputs) -> NeuronAttentionBaseOutput:
         """Forward of a layer with `sliding_window`."""
-        return self._layer_forward(**arguments)
+        return self._layer_forward(step)
 
-    def chunked_attention_forward(self, **arguments: Any) -> NeuronAttentionBaseOutput:
+    def chunked_attention_forward(self, step: StepInputs) -> NeuronAttentionBaseOutput:
         """Forward of a layer with `attention_chunk_size`; decodes one token a step."""
-        q_len = arguments["hidden_states"].shape[1]
-        if arguments["past_key_value"] is not None and q_len > 1:
+        q_len = step.hidden_states.shape[1]
+        if step.phase is Phase.TOKEN_GENERATION and q_len > 1:
             raise UnsupportedError(
                 explain(
                     "hidden_states",
@@ -339,10 +356,10 @@ class NeuronAttentionBase(AttentionCore):
                     "speculation is not defined across a chunk's end",
                 )
             )
-        return self._layer_forward(**arguments)
+        return self._layer_forward(step)
 
     def chunked_attention_with_context_parallel_forward(
-        self, **arguments: Any
+        self, step: StepInputs
     ) -> NeuronAttentionBaseOutput:
         """Forward of a chunked layer under context parallelism; not served by this version."""
         raise UnsupportedError(
@@ -354,73 +371,25 @@ class NeuronAttentionBase(AttentionCore):
             )
         )
 
-    def _layer_forward(
-        self,
-        *,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor,
-        past_key_value: KeyValue | None,
-        active_mask: Tensor | None,
-        cos_cache: Tensor | None,
-        sin_cache: Tensor | None,
-        rmsnorm: Norm | None,
-        rotary_position_ids: Tensor | None,
-        residual: Tensor | None,
-        use_polar_compatible_rope: bool,
-    ) -> NeuronAttentionBaseOutput:
-        given_dtype = hidden_states.dtype
-        hidden_states = hidden_states.to(self.torch_dtype)
+    def _layer_forward(self, step: StepInputs) -> NeuronAttentionBaseOutput:
+        hidden_states = step.hidden_states.to(self.torch_dtype)
         q, k, v, cos_cache, sin_cache = self.prep_qkv_tensors(
             hidden_states,
-            position_ids,
-            cos_cache=cos_cache,
-            sin_cache=sin_cache,
-            rmsnorm=rmsnorm,
-            rotary_position_ids=rotary_position_ids,
-            use_polar_compatible_rope=use_polar_compatible_rope,
+            step.position_ids,
+            cos_cache=step.cos_cache,
+            sin_cache=step.sin_cache,
+            rmsnorm=step.rmsnorm,
+            rotary_position_ids=step.rotary_position_ids,
+            use_polar_compatible_rope=step.use_polar_compatible_rope,
         )
-        if past_key_value is None:
-            heads = self.perform_prefill(q, k, v, attention_mask, position_ids)
-        else:
-            heads = self.compute_for_token_gen(
-                q, k, v, position_ids, past_key_value, attention_mask, active_mask
-            )
-        merged = heads.transpose(1, 2).flatten(2)
+        merged = self.attend(step, q, k, v).transpose(1, 2).flatten(2)
         return NeuronAttentionBaseOutput(
-            hidden_states=self.o_proj(merged).to(given_dtype),
+            hidden_states=self.o_proj(merged).to(step.hidden_states.dtype),
             present_key_value=(k, v),
             cos_cache=cos_cache,
             sin_cache=sin_cache,
-            residual=residual,
+            residual=step.residual,
         )
-
-    def _check_input(self, hidden_states: Tensor, position_ids: Tensor | None) -> None:
-        shape = tuple(hidden_states.shape)
-        if len(shape) != 3 or shape[2] != self.hidden_size:
-            raise ShapeError(
-                explain("hidden_states", f"have shape (batch, seq_len, {self.hidden_size})", shape)
-            )
-        if position_ids is None:
-            return
-        if tuple(position_ids.shape) != shape[:2]:
-            raise ShapeError(
-                explain("position_ids", f"have shape {shape[:2]}", tuple(position_ids.shape))
-            )
-        if position_ids.is_floating_point() or position_ids.dtype == torch.bool:
-            raise ShapeError(explain("position_ids", "be integer", position_ids.dtype))
-
-
-def _manager(kv_mgr: KVCacheManager | None, arguments: dict[str, Any]) -> KVCacheManager:
-    if kv_mgr is None or "idx" not in arguments:
-        raise ShapeError(
-            explain(
-                "kv_mgr and idx",
-                "be given with get_kv_per_layer or update_kv_per_layer",
-                f"{type(kv_mgr).__name__} and {sorted(arguments)}",
-            )
-        )
-    return kv_mgr
 
 
 def _adapt_state_dict(

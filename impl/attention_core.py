@@ -9,12 +9,20 @@ from torch import Tensor
 from impl.attention_inputs import AttentionInputs
 from impl.config import InferenceConfig
 from impl.errors import ShapeError, explain
-from impl.kernels import PrefillRule, native, prefill
+from impl.kernels import PrefillRule, PriorKeys, native, prefill
 from impl.kv_cache import KeyValue
 from impl.layer_options import LayerOptions
-from impl.masks import active_token_mask, token_generation_mask
+from impl.masks import active_token_mask, prior_mask, validity
 from impl.sink import LearnedSink
-from impl.slot_positions import ContiguousSlots
+from impl.slot_positions import (
+    NOWHERE,
+    ContiguousSlots,
+    LeftPaddedSlots,
+    SlotLayout,
+    first_positions,
+    slot_positions,
+)
+from impl.step import Phase, StepInputs
 from impl.strategy import (
     FlashAttentionStrategy,
     KernelChoice,
@@ -26,6 +34,9 @@ from impl.strategy import (
 
 class AttentionCore(AttentionInputs):
     """Attention proper, of a prefill step and of a decode step.
+
+    Attributes:
+        cache_layout: which position each slot of `past_key_value` holds.
 
     Args:
         config: the model's configuration.
@@ -44,6 +55,8 @@ class AttentionCore(AttentionInputs):
         self.learned_sinks_size = options.learned_sinks_size
         # A windowed layer keeps its keys as rows, as its cache does.
         self.k_cache_transposed = run.k_cache_transposed and options.sliding_window is None
+        left = run.padding_side == "left"
+        self.cache_layout: SlotLayout = LeftPaddedSlots() if left else ContiguousSlots()
         self.score_rule = native.ScoreRule(
             divisor=options.divisor, softcap=options.attn_logit_softcapping
         )
@@ -132,14 +145,34 @@ class AttentionCore(AttentionInputs):
             attn_kernel_enabled=self.neuron_config.attn_kernel_enabled,
         )
 
+    def attend(self, step: StepInputs, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of a step, by its phase and by whether there are cached keys.
+
+        Args:
+            step: the step.
+            q: `(batch, num_attention_heads, seq_len, head_dim)`, BHSD, and k and v with
+                `num_key_value_heads`, rotated.
+            k: see q.
+            v: see q.
+
+        Returns:
+            Like `q`.
+        """
+        past = step.past_key_value
+        if past is None:
+            return self.perform_prefill(q, k, v, step.attention_mask, step.position_ids)
+        prior = (past, step.attention_mask, step.active_mask, step.cache_layout)
+        if step.phase is Phase.CONTEXT_ENCODING:
+            return self.perform_prefix_prefill(q, k, v, step.position_ids, *prior)
+        return self.compute_for_token_gen(q, k, v, step.position_ids, *prior)
+
     def perform_prefill(
         self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, position_ids: Tensor
     ) -> Tensor:
         """Attention of a prefill step.
 
         Args:
-            q: `(batch, num_attention_heads, seq_len, head_dim)`, BHSD, and k and v with
-                `num_key_value_heads`, rotated.
+            q: as in `attend`, like k and v.
             k: see q.
             v: see q.
             attention_mask: as in `forward`.
@@ -168,6 +201,69 @@ class AttentionCore(AttentionInputs):
             position_ids=position_ids,
         )
 
+    def perform_prefix_prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position_ids: Tensor,
+        past_key_value: KeyValue,
+        attention_mask: Tensor | None,
+        active_mask: Tensor | None,
+        cache_layout: SlotLayout | None = None,
+    ) -> Tensor:
+        """Attention of a prefill step whose first tokens are cached: a prefix, earlier windows.
+
+        The layer's window, chunk and sinks hold over cached and new keys together.
+
+        Args:
+            q: as in `attend`, like k and v.
+            k: see q.
+            v: see q.
+            position_ids: `(batch, seq_len)`.
+            past_key_value: as in `forward`, like the rest.
+            attention_mask: see `forward`; here `(batch, slots)` or `(batch or 1, 1, 1, slots)`.
+            active_mask: see `forward`.
+            cache_layout: which position each slot holds; None is the layer's own.
+
+        Returns:
+            Like `q`.
+
+        Raises:
+            ConfigError: the strided kernel was asked for where it cannot run.
+            ShapeError: a tensor that does not fit.
+        """
+        k_prior, v_prior = past_key_value
+        self._check_cache(k_prior, v_prior, k)
+        held = self._held(position_ids, v_prior.shape[2], cache_layout)
+        if attention_mask is not None:
+            held = held.masked_fill(~validity(attention_mask, *held.shape), NOWHERE)
+        among = position_ids >= 0
+        if active_mask is not None:
+            among = active_token_mask(active_mask, position_ids)
+        choice = self.kernel_choice(
+            q.shape[2],
+            has_attention_mask=False,
+            explicit_mask=active_mask is not None,
+            prior=True,
+            device_type=q.device.type,
+        )
+        return prefill(
+            q,
+            k,
+            v,
+            implementation=choice.implementation,
+            rule=self.prefill_rule,
+            sink=self.get_learned_sinks(is_prefill_stage=True),
+            attention_mask=among,
+            position_ids=position_ids,
+            prior=PriorKeys(
+                k=k_prior.transpose(2, 3) if self.k_cache_transposed else k_prior,
+                v=v_prior,
+                positions=held,
+            ),
+        )
+
     def compute_for_token_gen(
         self,
         q: Tensor,
@@ -177,57 +273,60 @@ class AttentionCore(AttentionInputs):
         past_key_value: KeyValue,
         attention_mask: Tensor | None,
         active_mask: Tensor | None,
+        cache_layout: SlotLayout | None = None,
     ) -> Tensor:
         """Attention of a decode step.
 
         Args:
-            q: `(batch, num_attention_heads, seq_len, head_dim)`, BHSD, and k and v with
-                `num_key_value_heads`, rotated.
+            q: as in `attend`, like k and v.
             k: see q.
             v: see q.
             position_ids: `(batch, seq_len)`.
             past_key_value: as in `forward`, like the rest.
             attention_mask: see `forward`.
-            active_mask: see `forward`.
+            active_mask: see `forward`; needed for more than one token, not read for one.
+            cache_layout: which position each slot holds; None is the layer's own.
 
         Returns:
             Like `q`.
+
+        Raises:
+            ShapeError: there are several tokens and no `active_mask`, or a tensor does not fit.
         """
+        q_len = q.shape[2]
+        if q_len > 1 and active_mask is None:
+            raise ShapeError(
+                explain(
+                    "active_mask",
+                    f"be given for a decode step of {q_len} tokens",
+                    None,
+                    "tril for a draft; pass no past_key_value to prefill",
+                )
+            )
         k_prior, v_prior = past_key_value
         self._check_cache(k_prior, v_prior, k)
-        q_len = q.shape[2]
-        prior_mask = token_generation_mask(
-            attention_mask,
-            position_ids,
-            v_prior.shape[2],
-            layout=ContiguousSlots() if self.padding_side == "right" else None,
-            sliding_window=self.options.sliding_window,
-            attention_chunk_size=self.options.attention_chunk_size,
-        )
-        among = None
-        if q_len > 1:
-            if active_mask is None:
-                raise ShapeError(
-                    explain(
-                        "active_mask",
-                        f"be given for a decode step of {q_len} tokens",
-                        None,
-                        "tril for a draft; pass no past_key_value to prefill",
-                    )
-                )
-            among = active_token_mask(active_mask, position_ids, self.options.sliding_window)
+        held = self._held(position_ids, v_prior.shape[2], cache_layout)
+        limits = {
+            "sliding_window": self.options.sliding_window,
+            "attention_chunk_size": self.options.attention_chunk_size,
+        }
+        among = active_mask if q_len > 1 else None
         return native.token_generation(
             q,
             k,
             v,
             k_prior,
             v_prior,
-            prior_mask,
-            among,
+            prior_mask(attention_mask, position_ids, held, **limits),
+            active_token_mask(among, position_ids, **limits),
             self.get_learned_sinks(is_prefill_stage=False),
             self.score_rule,
             k_prior_transposed=self.k_cache_transposed,
         )
+
+    def _held(self, position_ids: Tensor, slots: int, layout: SlotLayout | None) -> Tensor:
+        """Position in each slot of a cache before a step; see `impl.slot_positions`."""
+        return slot_positions(layout or self.cache_layout, first_positions(position_ids), slots)
 
     def _check_cache(self, k_prior: Tensor, v_prior: Tensor, k: Tensor) -> None:
         batch, heads, _, width = k.shape

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from impl.errors import ShapeError, explain
-from impl.slot_positions import SlotLayout, first_positions, slot_positions
 
 
 def visible(
@@ -106,90 +105,107 @@ def context_encoding_mask(
     return given & by_position if limited else given
 
 
-def token_generation_mask(
+def prior_mask(
     attention_mask: Tensor | None,
     position_ids: Tensor,
-    cache_len: int,
+    held: Tensor,
     *,
-    layout: SlotLayout | None,
     sliding_window: int | None = None,
     attention_chunk_size: int | None = None,
 ) -> Tensor:
-    """Mask of the cached keys in a decode step (TKG).
+    """Mask of the keys that were cached before a step: of a decode step, or a prefix's in prefill.
 
-    Where the layout is known, a slot is seen only if it holds a token before the step's first, so
-    a mask that also marks the slots of the step itself does not count them twice.
+    A slot is seen only if it holds a token before the step's first, so a mask that also marks the
+    slots of the step itself does not count them twice.
 
     Args:
-        attention_mask: True for slots that hold a token, `(batch, cache_len)` or
-            `(batch or 1, 1, q_len or 1, cache_len)`; None is every slot before the step.
-        position_ids: `(batch, q_len)`, integer; in ascending order if `q_len > 1`.
-        cache_len: slots of the cache.
-        layout: which position each slot holds; None is unknown, and the mask is taken as given.
+        attention_mask: True for slots that hold a token, `(batch, slots)` or
+            `(batch or 1, 1, q_len or 1, slots)`; None is every slot before the step.
+        position_ids: `(batch, q_len)`, integer.
+        held: `(batch or 1, slots)`, int64: position in each slot, negative for an empty one; from
+            `impl.slot_positions`.
         sliding_window: as in `visible`.
         attention_chunk_size: as in `visible`.
 
     Returns:
-        `(batch or 1, 1, q_len or 1, cache_len)`, bool.
-
-    Raises:
-        ShapeError: the mask is floating point, of another shape, or needed and missing.
-    """
-    batch, q_len = position_ids.shape
-    limited = sliding_window is not None or attention_chunk_size is not None
-    if layout is None and (attention_mask is None or limited):
-        raise ShapeError(
-            explain(
-                "padding_side",
-                'be "right" for a decode step that derives its mask from positions',
-                '"left"',
-                "slots are not positions there",
-            )
-        )
-    given = None
-    if attention_mask is not None:
-        given = as_bool(attention_mask, "attention_mask")
-        if given.shape == (batch, cache_len):
-            given = given[:, None, None, :]
-        _require_shape(given, "attention_mask", batch, q_len, cache_len)
-    if layout is None:
-        assert given is not None
-        return given
-    held = slot_positions(layout, first_positions(position_ids), cache_len)
-    before = (held >= 0)[:, None, None, :]
-    if limited:
-        before = visible(
-            position_ids,
-            held,
-            sliding_window=sliding_window,
-            attention_chunk_size=attention_chunk_size,
-        )
-    return before if given is None else given & before
-
-
-def active_token_mask(
-    active_mask: Tensor, position_ids: Tensor, sliding_window: int | None
-) -> Tensor:
-    """Mask among the tokens of a decode step with more than one.
-
-    Args:
-        active_mask: `(batch or 1, 1, q_len, q_len)`, bool or integer; `tril` for a draft, or a
-            tree's ancestors.
-        position_ids: `(batch, q_len)`, integer.
-        sliding_window: as in `visible`; narrows the mask.
-
-    Returns:
-        `(batch or 1, 1, q_len, q_len)`, bool.
+        `(batch, 1, q_len, slots)`, bool.
 
     Raises:
         ShapeError: the mask is floating point or of another shape.
     """
     batch, q_len = position_ids.shape
+    before = visible(
+        position_ids,
+        held,
+        sliding_window=sliding_window,
+        attention_chunk_size=attention_chunk_size,
+    )
+    if attention_mask is None:
+        return before
+    slots = held.shape[1]
+    given = as_bool(attention_mask, "attention_mask")
+    if given.shape == (batch, slots):
+        given = given[:, None, None, :]
+    _require_shape(given, "attention_mask", batch, q_len, slots)
+    return given & before
+
+
+def active_token_mask(
+    active_mask: Tensor | None,
+    position_ids: Tensor,
+    *,
+    sliding_window: int | None = None,
+    attention_chunk_size: int | None = None,
+) -> Tensor:
+    """Mask among the tokens of a step that has cached keys besides.
+
+    Args:
+        active_mask: `(batch or 1, 1, q_len, q_len)`, bool or integer: `tril` for a draft or a
+            prompt, a tree's ancestors; None is by position alone. It narrows and never widens
+            what positions allow.
+        position_ids: `(batch, q_len)`, integer.
+        sliding_window: as in `visible`.
+        attention_chunk_size: as in `visible`.
+
+    Returns:
+        `(batch, 1, q_len, q_len)`, bool.
+
+    Raises:
+        ShapeError: the mask is floating point or of another shape.
+    """
+    batch, q_len = position_ids.shape
+    by_position = visible(
+        position_ids,
+        position_ids,
+        sliding_window=sliding_window,
+        attention_chunk_size=attention_chunk_size,
+    )
+    if active_mask is None:
+        return by_position
     given = as_bool(active_mask, "active_mask")
     _require_shape(given, "active_mask", batch, q_len, q_len)
-    if sliding_window is None:
+    return given & by_position
+
+
+def validity(mask: Tensor, batch: int, slots: int) -> Tensor:
+    """Slots that hold a key to be seen by every query of a step.
+
+    Args:
+        mask: bool or integer, True = attend, `(batch, slots)` or `(batch or 1, 1, 1, slots)`.
+        batch: rows of the step.
+        slots: slots of the cache.
+
+    Returns:
+        `(batch or 1, slots)`, bool.
+
+    Raises:
+        ShapeError: the mask is floating point or of another shape.
+    """
+    given = as_bool(mask, "attention_mask")
+    if given.shape == (batch, slots):
         return given
-    return given & visible(position_ids, position_ids, sliding_window=sliding_window)
+    _require_shape(given, "attention_mask", batch, 1, slots)
+    return given[:, 0, 0]
 
 
 def as_bool(mask: Tensor, name: str) -> Tensor:

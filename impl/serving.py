@@ -1,4 +1,4 @@
-"""What this version serves: one rank, dense contiguous caches, whole prompts.
+"""What this version serves: one rank, any cache, one sequence a row.
 
 Everything else that is a legal request is refused here with one sentence, at construction if the
 configuration asks for it and at the call if an argument does. Nothing is approximated.
@@ -19,12 +19,7 @@ _SERVED_VALUES: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("cp_degree", (1,), _SINGLE_RANK),
     ("attention_dp_degree", (1,), _SINGLE_RANK),
     ("sequence_parallel_enabled", (False,), _SINGLE_RANK),
-    ("flash_decoding_enabled", (False,), "use the contiguous cache"),
-    ("is_prefix_caching", (False,), "prefill the whole prompt"),
     ("is_chunked_prefill", (False,), "prefill the whole prompt"),
-    ("is_block_kv_layout", (False,), "use the contiguous cache"),
-    ("windowed_context_encoding_size", (None,), "prefill the whole prompt at once"),
-    ("enable_fused_speculation", (False,), "pass drafted tokens with active_mask instead"),
     ("lora_config", (None,), "merge the adapter into the weights"),
 )
 
@@ -70,29 +65,20 @@ def check_group(group: Any, num_cores_per_group: int, sequence_parallel: bool | 
     if group is not None and group.size() > 1:
         _refuse("tensor_model_parallel_group", "have one rank", group.size(), _SINGLE_RANK)
     if num_cores_per_group != 1:
-        _refuse("num_cores_per_group", "be 1", num_cores_per_group, "use the contiguous cache")
+        _refuse("num_cores_per_group", "be 1", num_cores_per_group, _SINGLE_RANK)
 
 
-def check_call(adapter_ids: object, window_idx: int, keywords: dict[str, Any]) -> None:
+def check_call(adapter_ids: object, keywords: dict[str, Any]) -> None:
     """Refuse arguments of `forward` that this version does not serve or does not know.
 
     Raises:
-        UnsupportedError: LoRA adapters, a prefill window, or a paged cache.
+        UnsupportedError: LoRA adapters.
         AttentionError: a keyword nobody reads.
     """
     if adapter_ids is not None:
         _refuse("adapter_ids", "be None", "adapter ids", "merge the adapter into the weights")
-    if window_idx >= 0:
-        _refuse(
-            "windowed_context_encoding_window_idx",
-            "be negative",
-            window_idx,
-            "prefill the whole prompt at once",
-        )
     unknown = sorted(set(keywords) - FORWARD_KEYWORDS)
     if unknown:
         raise AttentionError(
             explain("keyword arguments", f"be among {sorted(FORWARD_KEYWORDS)}", unknown)
         )
-    if keywords.get("active_block_table") is not None:
-        _refuse("active_block_table", "be None", "a block table", "use the contiguous cache")

@@ -28,7 +28,7 @@ PATHS = {
 
 
 def steps(dtype: torch.dtype, slots: int = 8) -> dict[str, dict[str, Any]]:
-    """Arguments of a prefill call and of a decode call."""
+    """Arguments of calls: a prompt, a token, and the second window of a prompt."""
     past = tuple(torch.zeros(2, KV_HEADS, slots, WIDTH, dtype=dtype).normal_() for _ in range(2))
     keep = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
     prefill = {"hidden_states": tokens(5, dtype=dtype), "attention_mask": keep}
@@ -37,15 +37,24 @@ def steps(dtype: torch.dtype, slots: int = 8) -> dict[str, dict[str, Any]]:
         "position_ids": positions(1, 5),
         "past_key_value": past,
     }
-    return {"prefill": prefill, "decode": decode}
+    window = {
+        "hidden_states": tokens(5, dtype=dtype),
+        "position_ids": positions(5, 5),
+        "past_key_value": past,
+        "windowed_context_encoding_window_idx": 1,
+    }
+    return {"prefill": prefill, "decode": decode, "window of a prompt": window}
+
+
+WINDOWS = {"windowed_context_encoding_size": 5}
 
 
 @pytest.mark.parametrize(("features", "call"), PATHS.values(), ids=PATHS)
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("phase", steps(torch.float32))
 def test_every_path_compiles_as_one_graph(
     features: dict[str, Any], call: dict[str, Any], phase: str
 ) -> None:
-    made = layer(torch.float32, **features)
+    made = layer(torch.float32, WINDOWS, **features)
     arguments = {**steps(torch.float32)[phase], **call}
     torch._dynamo.reset()
     compiled = torch.compile(made, backend="eager", fullgraph=True, dynamic=False)
@@ -59,13 +68,11 @@ def test_every_path_compiles_as_one_graph(
 def test_every_path_runs_on_fake_tensors(
     features: dict[str, Any], call: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    made = layer(dtype, **features)
+    made = layer(dtype, WINDOWS, **features)
     for arguments in steps(dtype).values():
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fake = {
-                name: tuple(map(mode.from_tensor, value))
-                if isinstance(value, tuple)
-                else mode.from_tensor(value)
+                name: torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, value)
                 for name, value in arguments.items()
             }
             got = made(**fake, **call)

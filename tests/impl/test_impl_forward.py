@@ -64,7 +64,7 @@ def test_forward_routes_by_chunk_then_window(
     made.cp_degree = cp_degree
     taken = []
     for name in ROUTES:
-        monkeypatch.setattr(made, name, lambda name=name, **_: taken.append(name))
+        monkeypatch.setattr(made, name, lambda _, name=name: taken.append(name))
     made(tokens(3))
     assert taken == [route]
 
@@ -327,12 +327,13 @@ def test_decode_has_its_own_sinks_only_where_the_phases_shard_unlike(
         ({"padding_side": "left"}, {"attention_chunk_size": 4}, ConfigError, "padding_side"),
         ({"tp_degree": 2}, {}, UnsupportedError, "tp_degree must be 1 in this version, got 2"),
         ({"sequence_parallel_enabled": True}, {}, UnsupportedError, "sequence_parallel_enabled"),
-        ({"flash_decoding_enabled": True}, {}, UnsupportedError, "flash_decoding_enabled"),
-        ({"is_prefix_caching": True}, {}, UnsupportedError, "is_prefix_caching"),
+        (
+            {"is_prefix_caching": True},
+            {"attention_chunk_size": 4},
+            ConfigError,
+            "is_prefix_caching",
+        ),
         ({"is_chunked_prefill": True}, {}, UnsupportedError, "is_chunked_prefill"),
-        ({"is_block_kv_layout": True}, {}, UnsupportedError, "is_block_kv_layout"),
-        ({"windowed_context_encoding_size": 4}, {}, UnsupportedError, "windowed_context_encoding"),
-        ({"enable_fused_speculation": True}, {}, UnsupportedError, "enable_fused_speculation"),
         ({"lora_config": {"rank": 4}}, {}, UnsupportedError, "lora_config"),
         ({}, {"num_cores_per_group": 2}, UnsupportedError, "num_cores_per_group"),
         ({}, {"sequence_parallel_enabled": True}, UnsupportedError, "sequence_parallel_enabled"),
@@ -352,10 +353,9 @@ def test_construction_refuses(
         (
             {},
             {"windowed_context_encoding_window_idx": 0},
-            UnsupportedError,
-            "windowed_context_encoding_window_idx",
+            AttentionError,
+            "be negative without windowed_context_encoding_size",
         ),
-        ({}, {"active_block_table": torch.zeros(2)}, UnsupportedError, "active_block_table"),
         ({}, {"sinks": torch.zeros(2)}, AttentionError, r"got \['sinks'\]"),
         ({}, {"hidden_states": torch.zeros(2, 3, 7)}, ShapeError, r"got \(2, 3, 7\)"),
         ({}, {"position_ids": torch.zeros(2, 4, dtype=torch.int64)}, ShapeError, r"\(2, 3\)"),
@@ -374,7 +374,7 @@ def test_construction_refuses(
             ConfigError,
             "attn_temperature_tuning",
         ),
-        ({}, {"past_key_value": past()}, ShapeError, "position_ids must be given in decode"),
+        ({}, {"past_key_value": past()}, ShapeError, "position_ids must be given with cached keys"),
         (
             {},
             {"past_key_value": past(), "position_ids": positions(3, 4)},
@@ -385,7 +385,7 @@ def test_construction_refuses(
             {},
             {"active_mask": torch.ones(2, 1, 3, 3, dtype=torch.bool)},
             ShapeError,
-            "active_mask must be None in prefill",
+            "active_mask must be None without cached keys",
         ),
         (
             {"attention_chunk_size": 4},

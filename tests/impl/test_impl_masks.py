@@ -7,10 +7,18 @@ from impl import ShapeError
 from impl.masks import (
     active_token_mask,
     context_encoding_mask,
-    token_generation_mask,
+    prior_mask,
     visible,
 )
-from impl.slot_positions import ChunkSlots, ContiguousSlots, RollingSlots, SlotLayout
+from impl.slot_positions import (
+    ChunkSlots,
+    ContiguousSlots,
+    LeftPaddedSlots,
+    RollingSlots,
+    SlotLayout,
+    first_positions,
+    slot_positions,
+)
 
 
 def rows(mask: torch.Tensor) -> list[str]:
@@ -23,6 +31,18 @@ def place(*numbers: int) -> torch.Tensor:
 
 
 FIVE = place(0, 1, 2, 3, 4)
+
+
+def decode_mask(
+    given: torch.Tensor | None,
+    at: torch.Tensor,
+    slots: int,
+    layout: SlotLayout | None = None,
+    **limits: Any,
+) -> torch.Tensor:
+    """Mask of the cached keys of a step at `at`, in a cache of a layout."""
+    held = slot_positions(layout or ContiguousSlots(), first_positions(at), slots)
+    return prior_mask(given, at, held, **limits)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +115,7 @@ def test_a_full_mask_cannot_widen_a_window() -> None:
 def test_decode_mask_is_what_lies_before_the_token_within_the_limit(
     position: int, limits: dict[str, Any], expected: Any
 ) -> None:
-    got = token_generation_mask(None, place(position), 8, layout=ContiguousSlots(), **limits)
+    got = decode_mask(None, place(position), 8, **limits)
     assert rows(got) == [expected]
 
 
@@ -111,41 +131,52 @@ def test_decode_masks_of_short_caches_as_published(
     layout: SlotLayout, limits: dict[str, int], expected: list[str]
 ) -> None:
     for position, row in enumerate(expected):
-        got = token_generation_mask(None, place(position), 4, layout=layout, **limits)
+        got = decode_mask(None, place(position), 4, layout, **limits)
         assert rows(got) == [row]
 
 
 def test_decode_mask_does_not_count_the_new_tokens_slot() -> None:
     including_itself = torch.tensor([[1, 1, 1, 0]])
-    got = token_generation_mask(including_itself, place(2), 4, layout=ContiguousSlots())
+    got = decode_mask(including_itself, place(2), 4)
     assert rows(got) == ["1100"]
 
 
 def test_decode_mask_with_several_tokens_has_a_window_per_token() -> None:
-    got = token_generation_mask(
-        torch.ones(1, 1, 3, 8, dtype=torch.bool),
-        place(4, 5, 6),
-        8,
-        layout=ContiguousSlots(),
-        sliding_window=4,
-    )
+    given = torch.ones(1, 1, 3, 8, dtype=torch.bool)
+    got = decode_mask(given, place(4, 5, 6), 8, sliding_window=4)
     assert rows(got) == ["01110000", "00110000", "00010000"]
 
 
-def test_decode_mask_is_taken_as_given_where_slots_are_not_positions() -> None:
-    given = torch.tensor([[0, 0, 1, 1]])
-    got = token_generation_mask(given, place(1), 4, layout=None)
-    assert rows(got) == ["0011"]
-    for mask, window in ((None, None), (given, 2)):
-        with pytest.raises(ShapeError, match="slots are not positions"):
-            token_generation_mask(mask, place(1), 4, layout=None, sliding_window=window)
+def test_decode_mask_of_a_left_padded_cache_counts_from_its_end() -> None:
+    got = decode_mask(None, place(2), 5, LeftPaddedSlots())
+    assert rows(got) == ["00011"]
+    narrow = decode_mask(None, place(3), 5, LeftPaddedSlots(), sliding_window=3)
+    assert rows(narrow) == ["00011"]
+    given = torch.tensor([[1, 1, 1, 1, 0]])
+    assert rows(decode_mask(given, place(2), 5, LeftPaddedSlots())) == ["00010"]
 
 
 def test_active_mask_is_narrowed_by_the_window() -> None:
     tril = torch.ones(1, 1, 4, 4).tril().bool()
-    got = active_token_mask(tril, place(7, 8, 9, 10), 2)
+    got = active_token_mask(tril, place(7, 8, 9, 10), sliding_window=2)
     assert rows(got) == ["1000", "1100", "0110", "0011"]
-    assert active_token_mask(tril, place(7, 8, 9, 10), None) is tril
+    whole = active_token_mask(tril, place(7, 8, 9, 10))
+    assert torch.equal(whole, tril)
+    assert torch.equal(whole, active_token_mask(None, place(7, 8, 9, 10)))
+
+
+def test_active_mask_of_a_tree_keeps_siblings_apart() -> None:
+    # A root, two children of it, and a child of the second; siblings share a position.
+    tree = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]])[None, None]
+    at = place(7, 8, 8, 9)
+    assert rows(active_token_mask(tree, at)) == ["1000", "1100", "1010", "1011"]
+    assert rows(active_token_mask(tree, at, sliding_window=2)) == ["1000", "1100", "1010", "0011"]
+
+
+def test_active_mask_hides_padding_and_ends_at_a_chunk() -> None:
+    assert rows(active_token_mask(None, place(-1, 7, 8, -1))) == ["0000", "0100", "0110", "0000"]
+    chunked = active_token_mask(None, place(6, 7, 8, 9), attention_chunk_size=4)
+    assert rows(chunked) == ["1000", "1100", "0010", "0011"]
 
 
 @pytest.mark.parametrize(
@@ -164,6 +195,4 @@ def test_a_mask_of_another_kind_is_refused(mask: torch.Tensor, words: str) -> No
 
 def test_a_decode_mask_shorter_than_the_cache_is_refused() -> None:
     with pytest.raises(ShapeError, match=r"\(1, 8\)"):
-        token_generation_mask(
-            torch.ones(1, 7, dtype=torch.bool), place(3), 8, layout=ContiguousSlots()
-        )
+        decode_mask(torch.ones(1, 7, dtype=torch.bool), place(3), 8)

@@ -1,0 +1,85 @@
+"""Checks of what callers hand to `forward`, and what stands in for what they leave out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from impl.errors import ShapeError, explain
+from impl.kv_cache import KVCacheManager
+
+
+def check_hidden_states(hidden_states: Tensor, width: int) -> None:
+    """Refuse hidden states of another shape.
+
+    Raises:
+        ShapeError: they are not `(batch, seq_len, width)`.
+    """
+    shape = tuple(hidden_states.shape)
+    if len(shape) != 3 or shape[2] != width:
+        raise ShapeError(explain("hidden_states", f"have shape (batch, seq_len, {width})", shape))
+
+
+def given_positions(
+    position_ids: Tensor | None, hidden_states: Tensor, *, has_past: bool
+) -> Tensor:
+    """Return the positions of a step: those given, or `0, 1, ...` where nothing is cached.
+
+    Args:
+        position_ids: as in `forward`.
+        hidden_states: `(batch, seq_len, hidden_size)`.
+        has_past: there are cached keys.
+
+    Returns:
+        `(batch, seq_len)`, integer.
+
+    Raises:
+        ShapeError: they are not integers of that shape, or needed and missing.
+    """
+    batch, seq_len, _ = hidden_states.shape
+    if position_ids is None:
+        if has_past:
+            raise ShapeError(explain("position_ids", "be given with cached keys", None))
+        return torch.arange(seq_len, device=hidden_states.device).expand(batch, seq_len)
+    shape = tuple(position_ids.shape)
+    if shape != (batch, seq_len):
+        raise ShapeError(explain("position_ids", f"have shape {(batch, seq_len)}", shape))
+    if position_ids.is_floating_point() or position_ids.dtype == torch.bool:
+        raise ShapeError(explain("position_ids", "be integer", position_ids.dtype))
+    return position_ids
+
+
+def check_active_mask(active_mask: Tensor | None, *, has_past: bool) -> None:
+    """Refuse an `active_mask` that nothing would read.
+
+    Raises:
+        ShapeError: there are no cached keys.
+    """
+    if active_mask is not None and not has_past:
+        raise ShapeError(
+            explain(
+                "active_mask",
+                "be None without cached keys",
+                tuple(active_mask.shape),
+                "prefill reads attention_mask",
+            )
+        )
+
+
+def require_manager(kv_mgr: KVCacheManager | None, arguments: dict[str, Any]) -> KVCacheManager:
+    """Return the cache manager of a step that reads or writes its layer's cache.
+
+    Raises:
+        ShapeError: there is none, or no `idx` to say which layer.
+    """
+    if kv_mgr is None or "idx" not in arguments:
+        raise ShapeError(
+            explain(
+                "kv_mgr and idx",
+                "be given with get_kv_per_layer or update_kv_per_layer",
+                f"{type(kv_mgr).__name__} and {sorted(arguments)}",
+            )
+        )
+    return kv_mgr

@@ -1,0 +1,116 @@
+"""One call of a layer: what it attends with, and which phase it is."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple
+
+from torch import Tensor
+
+from impl.attention_inputs import Norm
+from impl.errors import AttentionError, ShapeError, explain
+from impl.kv_cache import KeyValue
+from impl.neuron_config import NeuronConfig
+from impl.slot_positions import SlotLayout
+
+PREFIX_LEN_MIN = 128
+"""Under prefix caching, a step of this many tokens or more encodes context; a shorter one decodes.
+
+Both have cached keys then, so the length tells them apart; the module's smallest prefix bucket is
+of this size.
+"""
+
+
+class Phase(Enum):
+    """Context encoding (CTE, prefill) or token generation (TKG, decode)."""
+
+    CONTEXT_ENCODING = 0
+    TOKEN_GENERATION = 1
+
+
+class StepInputs(NamedTuple):
+    """The arguments of one `forward`, checked; `NeuronAttentionBase.forward` says what they mean.
+
+    Attributes:
+        phase: context encoding or token generation.
+        hidden_states: `(batch, seq_len, hidden_size)`, in the caller's dtype.
+        position_ids: `(batch, seq_len)`, integer; never None.
+        attention_mask: see `forward`.
+        past_key_value: keys and values before this step, or None.
+        cache_layout: which position each slot of them holds; None is the layer's own.
+        active_mask: see `forward`.
+        adapter_ids: see `forward`.
+        cos_cache: see `forward`.
+        sin_cache: see `forward`.
+        rmsnorm: see `forward`.
+        rotary_position_ids: see `forward`.
+        residual: see `forward`.
+        use_polar_compatible_rope: see `forward`.
+    """
+
+    phase: Phase
+    hidden_states: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | None = None
+    past_key_value: KeyValue | None = None
+    cache_layout: SlotLayout | None = None
+    active_mask: Tensor | None = None
+    adapter_ids: Tensor | None = None
+    cos_cache: Tensor | None = None
+    sin_cache: Tensor | None = None
+    rmsnorm: Norm | None = None
+    rotary_position_ids: Tensor | None = None
+    residual: Tensor | None = None
+    use_polar_compatible_rope: bool = False
+
+
+def select_phase(
+    run: NeuronConfig, q_len: int, past: KeyValue | None, window_idx: int
+) -> tuple[Phase, KeyValue | None]:
+    """Tell prefill from decode, by static facts alone, and which cached keys the step reads.
+
+    Args:
+        run: how the layer is run.
+        q_len: tokens of the step.
+        past: cached keys and values, or None.
+        window_idx: `windowed_context_encoding_window_idx`; negative is no window.
+
+    Returns:
+        Token generation if there are cached keys, but context encoding in a window of a prompt,
+        and under prefix caching from `PREFIX_LEN_MIN` tokens on; and the cached keys, None in the
+        first window, which has none before it.
+
+    Raises:
+        AttentionError: a window, but none are configured.
+        ShapeError: the window is too long, or a later one lacks the keys of the ones before it.
+    """
+    if window_idx < 0:
+        decodes = past is not None and not (run.is_prefix_caching and q_len >= PREFIX_LEN_MIN)
+        return (Phase.TOKEN_GENERATION if decodes else Phase.CONTEXT_ENCODING), past
+    size = run.windowed_context_encoding_size
+    if size is None:
+        raise AttentionError(
+            explain(
+                "windowed_context_encoding_window_idx",
+                "be negative without windowed_context_encoding_size in the configuration",
+                window_idx,
+            )
+        )
+    if q_len > size:
+        raise ShapeError(
+            explain(
+                "hidden_states",
+                f"hold at most windowed_context_encoding_size = {size} tokens in a window",
+                q_len,
+            )
+        )
+    if window_idx > 0 and past is None:
+        raise ShapeError(
+            explain(
+                "past_key_value",
+                f"be given in window {window_idx}",
+                None,
+                f"the {window_idx * size} tokens before it are cached",
+            )
+        )
+    return Phase.CONTEXT_ENCODING, past if window_idx > 0 else None
