@@ -78,7 +78,9 @@ class Dither:
         if stored is None:
             return value
         if accumulation is not None and stored == self.profile.accumulation:
-            value = value + self._normal(accumulation_scale(self.profile, stage, value, accumulation))
+            value = value + self._normal(
+                accumulation_scale(self.profile, stage, value, accumulation)
+            )
         if stage == "exp" and self.profile.exp_ulps:
             width = EXCESS * self.profile.exp_ulps * FORMATS[stored].ulp(value)
             noise = self.rng.uniform(-1.0, 1.0, size=value.shape) * width
