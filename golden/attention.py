@@ -101,23 +101,13 @@ def attend(
         shifted = observe("shifted_scores", scores - top)
     exps = observe("exp", np.exp(shifted))
     total = exps.sum(axis=-1, keepdims=True)
-    sunk: Array | float = 0.0
     if sinks is not None:
         with np.errstate(invalid="ignore"):  # a sink of infinity leaves NaN likewise
-            sunk = np.exp(sink[:, None, None] - top)
-            total = total + sunk
-
-    def seen() -> Array:
-        return np.count_nonzero(visible, axis=-1, keepdims=True).astype(np.float64)
-
+            total = total + np.exp(sink[:, None, None] - top)
     total = observe(
         "denominator",
         total,
-        Accumulation(
-            kv_len,
-            lambda: np.square(exps).sum(axis=-1, keepdims=True) + np.square(sunk),
-            lambda: seen() + (sinks is not None),  # the sink is a term of its own
-        ),
+        Accumulation(kv_len, lambda: np.square(exps).sum(axis=-1, keepdims=True)),
     )
     exps = observe("unnormalised_weights", exps)
     weights = np.divide(exps, total, out=np.zeros_like(exps), where=total != 0)
@@ -125,7 +115,7 @@ def attend(
     output = observe(
         "attn",
         _mix(weights, v, visible),
-        Accumulation(kv_len, lambda: _mix(np.square(weights), _squared(v), visible), seen),
+        Accumulation(kv_len, lambda: _mix(np.square(weights), _squared(v), visible)),
     )
     with np.errstate(divide="ignore"):
         logsumexp = (np.log(total) + top)[..., 0]

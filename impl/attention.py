@@ -16,6 +16,7 @@ from impl.forward_arguments import (
     check_active_mask,
     check_hidden_states,
     given_positions,
+    read_cache,
     require_manager,
 )
 from impl.gqa import GroupQueryAttention_O
@@ -249,9 +250,7 @@ class NeuronAttentionBase(AttentionCore):
                 raise ShapeError(
                     explain("past_key_value", "be None when get_kv_per_layer is True", "a cache")
                 )
-            past_key_value = require_manager(kv_mgr, cache_arguments).get_kv_by_layer_id(
-                **cache_arguments
-            )
+            past_key_value = read_cache(kv_mgr, cache_arguments, self.k_cache_transposed)
         if residual is not None and self.neuron_config.qkv_kernel_enabled:
             raise UnsupportedError(
                 explain(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from impl.errors import ShapeError, explain
-from impl.kv_cache import KVCacheManager
+from impl.kv_cache import KeyValue, KVCacheManager
 
 
 def check_hidden_states(hidden_states: Tensor, width: int) -> None:
@@ -83,3 +83,25 @@ def require_manager(kv_mgr: KVCacheManager | None, arguments: dict[str, Any]) ->
             )
         )
     return kv_mgr
+
+
+def read_cache(
+    kv_mgr: KVCacheManager | None, arguments: dict[str, Any], k_transposed: bool
+) -> KeyValue:
+    """Return the cached keys and values of a layer, as the layer expects its keys.
+
+    A cache and its layer need not agree on transposed keys: a manager whose configuration knows of
+    no window transposes those of a windowed layer too.
+
+    Args:
+        kv_mgr: the cache manager.
+        arguments: those of `get_kv_by_layer_id`.
+        k_transposed: the layer expects keys as `(batch, kv_heads, head_dim, slots)`.
+
+    Raises:
+        ShapeError: there is no manager, or no `idx` to say which layer.
+    """
+    manager = require_manager(kv_mgr, arguments)
+    k, v = manager.get_kv_by_layer_id(**arguments)
+    differ = manager.caches[arguments["idx"]].k_transposed != k_transposed
+    return (k.transpose(2, 3) if differ else k), v

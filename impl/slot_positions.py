@@ -9,6 +9,7 @@ every slot holds from static shapes and `position_ids` alone. Token `t` of a row
 | `RollingSlots(ring)` | `t % ring` | `ring` |
 | `ChunkSlots(size)` | `t % size`, and only tokens of the newest chunk stay | `size` |
 | `ShardSlots(core, cores)` | `t // cores` on core `t % cores`, nowhere on the others | all |
+| `ShardGroupSlots(cores, room)` | `t % cores * room + t // cores`: all cores side by side | all |
 | `LeftPaddedSlots` | the last one, once earlier tokens moved left | all |
 
 With 4 tokens cached, slots of `RollingSlots(3)` hold `3 1 2`, of `ChunkSlots(4)` nothing (a new
@@ -203,6 +204,39 @@ class ShardSlots(SlotLayout):
     def held(self, cached: Tensor, slots: Tensor, count: int) -> Tensor:
         """See `SlotLayout`."""
         return slots * self.cores + self.core
+
+
+@dataclass(frozen=True, slots=True)
+class ShardGroupSlots(SlotLayout):
+    """The shards of a flash-decoding group side by side in one process, core 0 first.
+
+    Attributes:
+        cores: cores that share a KV head.
+        room: slots of each.
+    """
+
+    cores: int
+    room: int
+
+    def __post_init__(self) -> None:
+        for name in ("cores", "room"):
+            if getattr(self, name) < 1:
+                raise ConfigError(explain(name, "be >= 1", getattr(self, name)))
+
+    def slot_of(self, positions: Tensor) -> Tensor:
+        """See `SlotLayout`; beyond the last position it is past the end on every core."""
+        slots = torch.div(positions, self.cores, rounding_mode="floor")
+        own = torch.remainder(positions, self.cores) * self.room + slots
+        return torch.where(slots < self.room, own, self.cores * self.room)
+
+    def slots_for(self, length: int) -> int:
+        """See `SlotLayout`; all, as those of a core are not the first ones of the cache."""
+        return self.cores * self.room
+
+    def held(self, cached: Tensor, slots: Tensor, count: int) -> Tensor:
+        """See `SlotLayout`."""
+        core = torch.div(slots, self.room, rounding_mode="floor")
+        return torch.remainder(slots, self.room) * self.cores + core
 
 
 @dataclass(frozen=True, slots=True)

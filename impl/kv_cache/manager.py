@@ -38,7 +38,8 @@ class KVCacheManager(nn.Module):
     Args:
         config: gives layers, lines, lengths, kinds and dtypes.
         num_kv_head: KV heads of this rank; None is the model's.
-        core: this core's rank among the `num_cores_per_group` of its flash-decoding group.
+        core: under flash decoding this core's rank among the `num_cores_per_group` of its group;
+            None keeps the slots of all of them side by side, in one process.
         dp_rank: this rank among the `attention_dp_degree` that divide the sequence ids.
         kv_scales: static scales of keys and of values, a pair per layer; None casts directly.
 
@@ -52,7 +53,7 @@ class KVCacheManager(nn.Module):
         config: InferenceConfig,
         *,
         num_kv_head: int | None = None,
-        core: int = 0,
+        core: int | None = None,
         dp_rank: int = 0,
         kv_scales: Sequence[Scales] | None = None,
     ) -> None:

@@ -15,6 +15,7 @@ from impl.slot_positions import (
     ContiguousSlots,
     LeftPaddedSlots,
     RollingSlots,
+    ShardGroupSlots,
     ShardSlots,
     SlotLayout,
 )
@@ -70,7 +71,7 @@ def layer_kinds(config: InferenceConfig) -> tuple[str, ...]:
 
 
 def plan_caches(
-    config: InferenceConfig, num_kv_head: int | None, *, core: int = 0
+    config: InferenceConfig, num_kv_head: int | None, *, core: int | None = None
 ) -> tuple[LayerCache, ...]:
     """Cache of each layer.
 
@@ -81,7 +82,7 @@ def plan_caches(
     Args:
         config: the model and how it is run.
         num_kv_head: KV heads of this rank; None is the model's.
-        core: this core's rank in its flash-decoding group.
+        core: this core's rank in its flash-decoding group; None keeps all its cores' slots.
 
     Raises:
         ConfigError: a field is missing or does not fit another.
@@ -102,7 +103,9 @@ def plan_caches(
     return tuple(_dense(config, kind, lines=lines, heads=num_kv_head, core=core) for kind in kinds)
 
 
-def _dense(config: InferenceConfig, kind: str, *, lines: int, heads: int, core: int) -> DenseCache:
+def _dense(
+    config: InferenceConfig, kind: str, *, lines: int, heads: int, core: int | None
+) -> DenseCache:
     run = config.neuron_config
     layout = _layout(config, kind, core)
     slots = layout.slots_for(run.cache_slots)
@@ -121,7 +124,7 @@ def _dense(config: InferenceConfig, kind: str, *, lines: int, heads: int, core: 
     )
 
 
-def _layout(config: InferenceConfig, kind: str, core: int) -> SlotLayout:
+def _layout(config: InferenceConfig, kind: str, core: int | None) -> SlotLayout:
     run = config.neuron_config
     if kind == LAYER_KINDS[1]:
         assert config.sliding_window is not None
@@ -130,7 +133,10 @@ def _layout(config: InferenceConfig, kind: str, core: int) -> SlotLayout:
         assert config.attention_chunk_size is not None
         return ChunkSlots(config.attention_chunk_size)
     if run.flash_decoding_enabled:
-        return ShardSlots(core, config.num_cores_per_group)
+        cores = config.num_cores_per_group
+        if core is not None:
+            return ShardSlots(core, cores)
+        return ShardGroupSlots(cores, -(-run.cache_slots // cores))
     return LeftPaddedSlots() if run.padding_side == "left" else ContiguousSlots()
 
 

@@ -29,6 +29,8 @@ class Kind:
         drafts: tokens of its longest decode step.
         scales: of keys and values, for quantised kinds.
         padding: side of the padding it takes.
+        cores: the managers that hold a sequence together, each one core's; None for one that holds
+            all.
     """
 
     run: dict[str, Any] = field(default_factory=dict)
@@ -36,11 +38,7 @@ class Kind:
     drafts: int = 3
     scales: tuple[Any, Any] | None = None
     padding: str = "right"
-
-    @property
-    def cores(self) -> int:
-        """Managers that hold one sequence together."""
-        return int(self.fields.get("num_cores_per_group", 1))
+    cores: tuple[int | None, ...] = (None,)
 
     def reach(self, first: int) -> range:
         """Cached positions that some token from `first` on may see."""
@@ -55,6 +53,10 @@ def quantised(dtype: torch.dtype, scales: Any = None) -> Kind:
     return Kind(run=run, scales=scales)
 
 
+SHARDED: dict[str, Any] = {
+    "run": {"flash_decoding_enabled": True},
+    "fields": {"num_cores_per_group": 3},
+}
 PER_HEAD, PER_CHANNEL = torch.tensor([0.5, 2.0]), torch.full((KV_HEADS, WIDTH), 0.25)
 KINDS = {
     "contiguous": Kind(),
@@ -73,7 +75,8 @@ KINDS = {
     "chunk of one": Kind(fields={"attention_chunk_size": 1}, drafts=1),
     "paged": Kind(run={**PAGES, "is_prefix_caching": True}),
     "paged, heads first": Kind(run={**PAGES, "is_chunked_prefill": True}),
-    "core-sharded": Kind(run={"flash_decoding_enabled": True}, fields={"num_cores_per_group": 3}),
+    "core-sharded": Kind(**SHARDED, cores=(0, 1, 2)),
+    "core-sharded, one process": Kind(**SHARDED),
     "left-padded": Kind(run={"padding_side": "left"}, drafts=1, padding="left"),
     "float8_e4m3fn": quantised(torch.float8_e4m3fn),
     "float8_e5m2": quantised(torch.float8_e5m2),
@@ -94,9 +97,7 @@ class Served:
         self.kind = kind
         config = model(run={"seq_len": LENGTH, "batch_size": LINES, **kind.run}, **kind.fields)
         scales = None if kind.scales is None else [kind.scales]
-        self.managers = [
-            KVCacheManager(config, core=core, kv_scales=scales) for core in range(kind.cores)
-        ]
+        self.managers = [KVCacheManager(config, core=core, kv_scales=scales) for core in kind.cores]
         self.generator = torch.Generator().manual_seed(seed)
         self.log: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(LINES)]
         for manager in self.managers:

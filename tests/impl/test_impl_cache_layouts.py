@@ -75,6 +75,10 @@ def test_token_t_of_flash_decoding_is_on_core_t_mod_g_at_slot_t_div_g() -> None:
     cores = [manager(run, config, core=core) for core in range(3)]
     held = [written(core, [list(range(7))])[0, 0].tolist() for core in cores]
     assert held == [[0, 3, 6], [1, 4, -1], [2, 5, -1]]
+    group = manager(run, config)
+    assert written(group, [list(range(7))])[0, 0].tolist() == [0, 3, 6, 1, 4, -1, 2, 5, -1]
+    with pytest.raises(IndexError, match="out of bounds"):
+        written(group, [[9]])
 
 
 def test_left_padding_appends_and_idle_rows_stay() -> None:

@@ -13,6 +13,7 @@ from impl.slot_positions import (
     ContiguousSlots,
     LeftPaddedSlots,
     RollingSlots,
+    ShardGroupSlots,
     ShardSlots,
     SlotLayout,
     first_positions,
@@ -29,6 +30,7 @@ LAYOUTS = {
     "chunk of one": (ChunkSlots(1), 1),
     "shard 0 of 3": (ShardSlots(0, 3), 16),
     "shard 2 of 3": (ShardSlots(2, 3), 16),
+    "shards of 3": (ShardGroupSlots(3, 17), 51),
     "left": (LeftPaddedSlots(), 48),
 }
 
@@ -128,6 +130,8 @@ def test_first_positions_skip_padding() -> None:
     [
         (lambda: RollingSlots(-1), ConfigError, "ring must be >= 0"),
         (lambda: ChunkSlots(0), ConfigError, "size must be >= 1"),
+        (lambda: ShardGroupSlots(0, 3), ConfigError, "cores must be >= 1"),
+        (lambda: ShardGroupSlots(3, 0), ConfigError, "room must be >= 1"),
         (lambda: ShardSlots(3, 3), ConfigError, r"core must be in 0\.\.2"),
         (lambda: LeftPaddedSlots().slot_of(torch.tensor(1)), ConfigError, "append instead"),
         (
