@@ -7,8 +7,7 @@ noise is given that much more variance and every error is divided by `EXCESS`. O
 to nearest: a correct subject in its own right, which covers inputs whose values fall on ties.
 
 Source: Parker (1997), UCLA CSD-970002; Sohier et al. (2021), arXiv 1807.09655, for Monte Carlo
-arithmetic; Higham and Mary (2019), SIAM J. Sci. Comput. 41(5) A2815, for rounding errors of sums
-as a random walk.
+arithmetic.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from conformance.precision import PrecisionProfile
 from conformance.score_tests import Direction, ScoreTest, score_tests
+from conformance.sums import accumulation_scale
 from golden import FORMATS, Accumulation, Array
 
 Outputs: TypeAlias = Mapping[str, Array]
@@ -78,7 +78,9 @@ class Dither:
         if stored is None:
             return value
         if accumulation is not None and stored == self.profile.accumulation:
-            value = value + self._normal(accumulation_scale(self.profile, value, accumulation))
+            value = value + self._normal(
+                accumulation_scale(self.profile, stage, value, accumulation)
+            )
         if stage == "exp" and self.profile.exp_ulps:
             width = EXCESS * self.profile.exp_ulps * FORMATS[stored].ulp(value)
             noise = self.rng.uniform(-1.0, 1.0, size=value.shape) * width
@@ -127,36 +129,6 @@ class Nearest:
         bits = np.ascontiguousarray(exps).view(np.uint64) >> np.uint64(_SIGNIFICAND_BITS - 6)
         found: Array = errors[(bits & np.uint64(_EXP_CELLS - 1)).astype(np.intp)]
         return np.where(exps == 0.0, 0.0, found)
-
-
-def accumulation_scale(
-    profile: PrecisionProfile, value: Array, accumulation: Accumulation
-) -> Array:
-    """Return the standard deviation of the rounding error of a blocked sum, elementwise.
-
-    Each addition rounds the partial sum `s` by at most `u |s|`, with variance `u**2 s**2 / 3` when
-    uniform. With `n` terms of mean `m` and variance `w` about it, `E s_k**2 = (k m)**2 + k w`;
-    summed over the `b` steps inside each of `n / b` blocks and over the `n / b` sums of blocks::
-
-        n b m**2 / 3 * (b + n**2 / b**2)  +  n w / 2 * (b + n / b)
-
-    `l` interleaved sums along the whole length are blocks of `n / l` terms. A single term is not
-    rounded by its sum.
-
-    Args:
-        profile: gives the accumulation format, the block length `b` and the lanes `l`.
-        value: the sums, whose size gives the mean of the terms.
-        accumulation: number of terms, and the sum of their squares.
-    """
-    n = float(accumulation.length)
-    if n <= 1:
-        return np.zeros_like(value)
-    b = min(max(float(profile.block_length), n / profile.lanes), n)
-    mean_square = np.square(value / n)
-    spread = np.maximum(accumulation.squares() / n - mean_square, 0.0)
-    energy = n * b * mean_square / 3 * (b + (n / b) ** 2) + n * spread / 2 * (b + n / b)
-    scale: Array = FORMATS[profile.accumulation].unit_roundoff * np.sqrt(energy / 3)
-    return scale
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -101,13 +101,23 @@ def attend(
         shifted = observe("shifted_scores", scores - top)
     exps = observe("exp", np.exp(shifted))
     total = exps.sum(axis=-1, keepdims=True)
+    sunk: Array | float = 0.0
     if sinks is not None:
         with np.errstate(invalid="ignore"):  # a sink of infinity leaves NaN likewise
-            total = total + np.exp(sink[:, None, None] - top)
+            sunk = np.exp(sink[:, None, None] - top)
+            total = total + sunk
+
+    def seen() -> Array:
+        return np.count_nonzero(visible, axis=-1, keepdims=True).astype(np.float64)
+
     total = observe(
         "denominator",
         total,
-        Accumulation(kv_len, lambda: np.square(exps).sum(axis=-1, keepdims=True)),
+        Accumulation(
+            kv_len,
+            lambda: np.square(exps).sum(axis=-1, keepdims=True) + np.square(sunk),
+            lambda: seen() + (sinks is not None),  # the sink is a term of its own
+        ),
     )
     exps = observe("unnormalised_weights", exps)
     weights = np.divide(exps, total, out=np.zeros_like(exps), where=total != 0)
@@ -115,7 +125,7 @@ def attend(
     output = observe(
         "attn",
         _mix(weights, v, visible),
-        Accumulation(kv_len, lambda: _mix(np.square(weights), _squared(v), visible)),
+        Accumulation(kv_len, lambda: _mix(np.square(weights), _squared(v), visible), seen),
     )
     with np.errstate(divide="ignore"):
         logsumexp = (np.log(total) + top)[..., 0]

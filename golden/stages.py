@@ -70,13 +70,20 @@ class Accumulation:
     """How a stage's value was summed, for observers that model the rounding of the sum.
 
     Attributes:
-        length: number of terms in each sum.
+        length: number of terms in each sum, masked ones included.
         squares: computes the sum of the squared terms, broadcastable to the value; called only by
             observers that need it, since it costs as much as the stage itself.
+        visible: computes the number of terms in each sum where masked ones are none, broadcastable
+            to the value; None is `length` everywhere.
     """
 
     length: int
     squares: Callable[[], Array]
+    visible: Callable[[], Array] | None = None
+
+    def count(self) -> Array:
+        """Return how many terms each sum adds, broadcastable to the value."""
+        return np.array(float(self.length)) if self.visible is None else self.visible()
 
 
 class Observer(Protocol):

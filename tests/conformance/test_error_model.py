@@ -1,4 +1,4 @@
-"""The error model: what it predicts for sums and exact rows; how often its limits are passed."""
+"""The error model: what it predicts, exact rows among it; how often its limits are passed."""
 
 from __future__ import annotations
 
@@ -15,58 +15,11 @@ from conformance.error_model import (
     ErrorScale,
     Nearest,
     _scale,
-    accumulation_scale,
     predict_scale,
 )
 from conformance.judge import FALSE_ALARM_RATE, judge_outputs, tail_limit
-from conformance.precision import PrecisionProfile, profile_named
-from golden import FORMATS, Accumulation, Array, Observer, unobserved
-
-
-def profile(block: int) -> PrecisionProfile:
-    return PrecisionProfile(
-        name="sum", reason="a sum", stores={"qk": "float32"}, block_length=block
-    )
-
-
-def float32_sum(terms: Array, block: int) -> Array:
-    """Sum float32 values along the last axis: each block from left to right, then the blocks."""
-    blocks = terms.astype(np.float32).reshape(*terms.shape[:-1], -1, block)
-    inside = np.cumsum(blocks, axis=-1, dtype=np.float32)[..., -1]
-    total = np.cumsum(inside, axis=-1, dtype=np.float32)[..., -1]
-    return total.astype(np.float64)
-
-
-SUMS = 20_000
-
-
-@pytest.mark.parametrize("mean", [0.0, 0.3, 3.0])
-@pytest.mark.parametrize(("length", "block"), [(64, 64), (512, 512), (1024, 128), (2048, 256)])
-def test_predicted_error_of_a_float32_sum_bounds_the_measured_one_closely(
-    length: int, block: int, mean: float
-) -> None:
-    rng = np.random.default_rng(length)
-    terms = (mean + rng.standard_normal((SUMS, length))).astype(np.float32).astype(np.float64)
-    exact = terms.sum(axis=-1)
-    measured = float32_sum(terms, block) - exact
-    squares = np.square(terms).sum(axis=-1)
-    single_chain = profile(block) if block < length else profile(length)
-    predicted = accumulation_scale(single_chain, exact, Accumulation(length, lambda: squares))
-    ratio = math.sqrt(np.square(measured).mean() / np.square(predicted).mean())
-    # A partial sum s rounds by up to half an ulp, which lies between u |s| / 2 and u |s|: the model
-    # takes the upper end. It also takes the terms' spread about their mean for a free walk, whose
-    # squares sum to n**2 w / 2, on top of the drift n**2 m**2 / 3 of the observed mean; the two
-    # together are at most 5/3 of what random terms do. Hence 1/2 * sqrt(3/5) <= ratio <= 1, and
-    # 2 % for the chance in 20,000 sums (their mean square is known to sqrt(2 / 20,000) = 1 %).
-    assert 0.5 * math.sqrt(3 / 5) * 0.98 <= ratio <= 1.02
-
-
-def test_longer_blocks_are_predicted_to_err_more_and_one_term_not_at_all() -> None:
-    squares = Accumulation(4096, lambda: np.array([4096.0]))
-    scales = [accumulation_scale(profile(b), np.array([0.0]), squares)[0] for b in (64, 512, 4096)]
-    assert scales == sorted(scales)
-    single = Accumulation(1, lambda: np.array([9.0]))
-    assert accumulation_scale(profile(64), np.array([3.0]), single)[0] == 0.0
+from conformance.precision import profile_named
+from golden import FORMATS, Array, Observer, unobserved
 
 
 def test_dither_injects_the_stated_multiple_of_the_error_of_rounding_to_nearest() -> None:

@@ -256,11 +256,16 @@ def test_an_accumulation_has_the_length_of_its_sum_and_the_sum_of_squared_terms(
     heads = values["attn"].swapaxes(1, 2).reshape(BATCH, LENGTH, 48)
     keys = values["k_cache"].repeat(3, axis=1)
     mixed = values["v_cache"].repeat(3, axis=1)
+    shifted = values["shifted_scores"]
+    first = values["softcap"][..., :1] - shifted[..., :1]  # less the row's largest: key 0 is seen
+    assert np.isfinite(first).all()
+    assert weights.sinks is not None
+    sunk = np.exp(weights.sinks[:, None, None] - first)
     terms = {
         "q_product": states[:, :, None] * weights.q_proj,
         "v_product": states[:, :, None] * weights.v_proj,
         "qk": values["q_temperature"][:, :, :, None] * keys[:, :, None],
-        "denominator": values["exp"][:, :, :, None],
+        "denominator": np.concatenate([values["exp"], sunk], axis=-1)[:, :, :, None],
         "attn": values["weights"][:, :, :, None] * mixed.swapaxes(-1, -2)[:, :, None],
         "o_product": heads[:, :, None] * weights.o_proj,
     }
@@ -269,6 +274,11 @@ def test_an_accumulation_has_the_length_of_its_sum_and_the_sum_of_squared_terms(
         # squares, products and sums of at most 48 terms, all positive: 64 roundings a side
         error = np.abs(found[stage][1].squares() - want)
         assert (error <= 128 * 2.0**-53 * want).all(), stage
+    counts = {stage: accumulation.count() for stage, (_, accumulation) in found.items()}
+    visible = np.isfinite(shifted).sum(axis=-1, keepdims=True)
+    np.testing.assert_array_equal(counts["attn"] + 0 * visible, visible)
+    np.testing.assert_array_equal(counts["denominator"] + 0 * visible, visible + 1)  # the sink
+    assert (counts["qk"], counts["o_product"]) == (8, 48)
 
 
 # Capture

@@ -1,0 +1,99 @@
+"""The rounding error of a sum, from how many terms it has, how large they are and their order.
+
+Adding a term rounds the partial sum `s` to the accumulation format: an error uniform within half
+an ulp of `s`, of variance `ulp(s)**2 / 12`. With `u` the unit roundoff, `ulp(s)` is `2 u` times the
+power of two below `|s|`; over a binade, evenly in the logarithm, that is `4 c u**2 s**2` with
+`c = 3 / (8 log 2) = 0.541`, hence a variance of `c u**2 s**2 / 3`. It remains to know the partial
+sums. `n` terms of mean `m` and variance `w`, of which any order is as likely as any other, give the
+sum of the first `k` the mean `k m` and, since the last of them is known, the variance of a bridge::
+
+    E s_k**2 = (k m)**2 + w k (n - k) / (n - 1)
+
+Summed over the steps inside each of `n / b` blocks, and over the sums of blocks, this is, up to
+lower powers, `m**2 (n b**2 / 3 + n**3 / (3 b)) + w (n b / 2 - b**2 / 3 + n**2 / (6 b))`.
+
+Source: Higham and Mary (2019), SIAM J. Sci. Comput. 41(5) A2815, for rounding errors as a random
+walk; Cochran (1977), Sampling Techniques, section 2.5, for sums of draws without replacement.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from conformance.precision import PrecisionProfile
+from golden import FORMATS, Accumulation, Array
+
+BINADE = 3.0 / (8.0 * math.log(2.0))
+"""Mean of `(2**floor(log2 s) / s)**2` over a binade, evenly in the logarithm of `s`."""
+FEW_ROWS = 4
+"""Vectors from which on a product with a matrix is cut into blocks."""
+
+
+def accumulation_scale(
+    profile: PrecisionProfile, stage: str, value: Array, accumulation: Accumulation
+) -> Array:
+    """Return the standard deviation of the rounding error of a sum, elementwise.
+
+    Products are counted as rounded before they are added, which a fused operation spares. A single
+    term is not rounded by its sum. Nor is a sum that the format holds exactly: of terms without
+    structure one in `2**29` is one, while sums of small integers all are, at every step.
+
+    Args:
+        profile: gives the accumulation format and how sums are cut up.
+        stage: of `golden.STAGES`; it and the number of rows say how the profile cuts the sum up.
+        value: the sums, whose size gives the mean of the terms.
+        accumulation: number of terms, and the sum of their squares.
+    """
+    n = np.maximum(accumulation.count(), 1.0)
+    squares = accumulation.squares()
+    mean_square = np.square(value / n)
+    spread = np.maximum(squares / n - mean_square, 0.0)
+    block = np.minimum(block_length(profile, stage, value.shape, n), n)
+    drift, bridge = partial_sums(n, block)
+    energy = mean_square * drift + spread * bridge
+    if stage != "denominator":
+        energy = energy + squares
+    form = FORMATS[profile.accumulation]
+    variance = BINADE * form.unit_roundoff**2 * energy / 3
+    scale: Array = np.where((n > 1) & (form.nearest(value) != value), np.sqrt(variance), 0.0)
+    return scale
+
+
+def block_length(
+    profile: PrecisionProfile, stage: str, shape: tuple[int, ...], n: Array | float
+) -> Array | float:
+    """Return how many terms the profile adds one after the other.
+
+    A product of few rows with a matrix takes another path than one of many: weights times values
+    run along all keys in sequence, other products along their whole length in interleaved sums,
+    the lanes of a vector unit, which are blocks of `n / lanes` terms.
+    """
+    if stage == "attn":
+        few = shape[-2] < FEW_ROWS
+        return n if few else float(profile.block_length)
+    if stage.endswith(("_product", "_proj")) and math.prod(shape[:-1]) < FEW_ROWS:
+        return np.maximum(float(profile.block_length), np.asarray(n) / profile.lanes)
+    return float(profile.block_length)
+
+
+def partial_sums(n: Array | float, b: Array | float) -> tuple[Array, Array]:
+    """Return the factors of `m**2` and `w` in the sum of squares of all rounded partial sums.
+
+    The first term of a block, and the first block, are copied and not rounded. `k**2` sums to
+    `b (b + 1) (2 b + 1) / 6` over a block; over the `n / b` blocks likewise, in units of `b`.
+
+    Args:
+        n: terms, at least 1.
+        b: terms of a block, 1 to `n`.
+    """
+    n, b = np.asarray(n, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    blocks = n / b
+    inside, linear = b * (b + 1) * (2 * b + 1) / 6, b * (b + 1) / 2
+    across, steps = blocks * (blocks + 1) * (2 * blocks + 1) / 6, blocks * (blocks + 1) / 2
+    drift = blocks * (inside - 1) + b**2 * (across - 1)
+    others = np.maximum(n - 1, 1.0)
+    bridge = blocks * (n * linear - inside - (n - 1)) / others
+    bridge = bridge + (b * (n * steps - b * across) - b * (n - b)) / others
+    return drift, np.maximum(bridge, 0.0)
