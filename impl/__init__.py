@@ -1,6 +1,7 @@
 """Production attention for torch-neuronx, and by the same code for cpu and cuda.
 
-`NeuronAttentionBase` is the attention module of NxD Inference, by its names, on one rank.
+`NeuronAttentionBase` is the attention module of NxD Inference, by its names; `impl.parallel` runs
+it on many ranks.
 """
 
 from impl.attention import NeuronAttentionBase
@@ -13,11 +14,12 @@ from impl.errors import (
     StateDictError,
     UnsupportedError,
 )
-from impl.gqa import GQA, GroupQueryAttention_O, GroupQueryAttention_QKV
+from impl.gqa import GroupQueryAttention_O, GroupQueryAttention_QKV
 from impl.kv_cache import KVCacheManager
 from impl.neuron_config import NeuronConfig
 from impl.norms import L2Norm, QKNormPlacement, QKNormScope, RMSNorm
 from impl.output import NeuronAttentionBaseOutput
+from impl.parallel.sharding_strategy import GQA
 from impl.rope import (
     PolarRotaryEmbedding,
     RotaryEmbedding,

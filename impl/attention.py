@@ -1,10 +1,11 @@
-"""The attention module: from hidden states to hidden states, on one rank."""
+"""The attention module: from hidden states to hidden states, on one rank or on many."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from impl import state_dict as checkpoints
@@ -24,6 +25,9 @@ from impl.kv_cache import KeyValue, KVCacheManager
 from impl.layer_options import LayerOptions
 from impl.norms import QKNormPlacement, QKNormScope
 from impl.output import NeuronAttentionBaseOutput
+from impl.parallel.layer import LayerParallel, PhaseHeads
+from impl.parallel.phases import DecodePhase, PrefillPhase
+from impl.parallel.sharding_strategy import GQA
 from impl.serving import CACHE_KEYWORDS, check_call, check_group, check_layer_config
 from impl.step import Phase, StepInputs, select_phase
 
@@ -69,12 +73,18 @@ class NeuronAttentionBase(AttentionCore):
             `neuron_config.seq_len` reads as None, with a warning, and still limits by position.
         sliding_window: keys a query may see, its own included.
         learned_sinks_size: 1 for one sink logit per query head, None for none.
-        is_post_global_attn_layer, is_pre_global_attn_layer, optimize_interleave_attn: placement of
-            collectives under context parallelism; without effect on one rank.
+        is_post_global_attn_layer: the layer before this one is a full one.
+        is_pre_global_attn_layer: the layer after this one is a full one. Where both hold, neither
+            counts.
+        optimize_interleave_attn: chunked layers in a row under context parallelism hand each other
+            the tokens of each rank: only the first takes, and only the last returns, the sequence,
+            the last with `residual` added.
         num_cores_per_group: 1; more needs flash decoding.
         sequence_parallel_enabled: None is the configuration's.
-        tensor_model_parallel_group: None, or a group of one rank.
+        tensor_model_parallel_group: None, or the group of all ranks.
         o_proj_layer_name: name of the output projection in checkpoints.
+        desired_sharding_strategy: how KV heads meet ranks; None is replication where it comes out
+            even, see `impl.parallel.head_layout`.
 
     Raises:
         ConfigError: a value or a combination that is not defined.
@@ -118,10 +128,11 @@ class NeuronAttentionBase(AttentionCore):
         sequence_parallel_enabled: bool | None = None,
         tensor_model_parallel_group: Any = None,
         o_proj_layer_name: str = "o_proj",
+        desired_sharding_strategy: GQA | None = None,
     ) -> None:
         run = config.neuron_config
         check_layer_config(run)
-        check_group(tensor_model_parallel_group, num_cores_per_group, sequence_parallel_enabled)
+        check_group(tensor_model_parallel_group, num_cores_per_group, run.tp_degree)
         options = LayerOptions(
             hidden_size=hidden_size,
             num_attention_heads=num_attention_heads,
@@ -142,6 +153,10 @@ class NeuronAttentionBase(AttentionCore):
             floor_scale=floor_scale,
             attn_scale=attn_scale,
         )
+        chunk = options.routed_chunk_size(run)
+        both = is_pre_global_attn_layer and is_post_global_attn_layer
+        handed_on = optimize_interleave_attn and not both and chunk is not None
+        handed_on = handed_on and run.cp_degree > 1
         super().__init__(
             config,
             options,
@@ -152,22 +167,50 @@ class NeuronAttentionBase(AttentionCore):
             k_layernorm=k_layernorm,
             clip_qkv=clip_qkv,
             qkv_bias=qkv_bias,
+            parallel=LayerParallel(
+                run,
+                num_attention_heads,
+                num_key_value_heads,
+                strategy=desired_sharding_strategy,
+                attention_chunk_size=chunk,
+                sequence_parallel=sequence_parallel_enabled,
+                stays_split_before=handed_on and not is_post_global_attn_layer,
+                stays_split_after=handed_on and not is_pre_global_attn_layer,
+            ),
         )
-        self.attention_chunk_size = options.routed_chunk_size(run)
-        both = is_pre_global_attn_layer and is_post_global_attn_layer
+        self.attention_chunk_size = chunk
         self.is_pre_global_attn_layer = is_pre_global_attn_layer and not both
         self.is_post_global_attn_layer = is_post_global_attn_layer and not both
         self.optimize_interleave_attn = optimize_interleave_attn and not both
         self.o_bias = o_bias
-        self.o_proj = GroupQueryAttention_O(
-            hidden_size,
-            self.head_dim,
-            num_attention_heads,
-            dtype=self.torch_dtype,
-            bias=o_bias,
-            layer_name=o_proj_layer_name,
-        )
+        self.o_proj_layer_name = o_proj_layer_name
+        parallel = self.parallel
+        if parallel.shares_weights:
+            self.o_proj = self._make_output(parallel.prefill_heads, parallel.prefill)
+        else:
+            self.cte_o_proj = self._make_output(parallel.prefill_heads, parallel.prefill)
+            self.tkg_o_proj = self._make_output(parallel.decode_heads, parallel.decode)
         self.register_load_state_dict_pre_hook(_adapt_state_dict)  # type: ignore[no-untyped-call]
+
+    def _make_output(
+        self, heads: PhaseHeads, phase: PrefillPhase | DecodePhase
+    ) -> GroupQueryAttention_O:
+        return GroupQueryAttention_O(
+            self.hidden_size,
+            self.head_dim,
+            len(heads.query),
+            dtype=self.torch_dtype,
+            bias=self.o_bias,
+            layer_name=self.o_proj_layer_name,
+            group=phase.stage.tp,
+            reduce_dtype=self.neuron_config.rpl_reduce_dtype,
+        )
+
+    def get_o_proj(self, is_prefill_stage: bool) -> GroupQueryAttention_O:
+        """Output projection of a phase: one for both, or `cte_o_proj` and `tkg_o_proj`."""
+        if self.parallel.shares_weights:
+            return self.o_proj
+        return self.cte_o_proj if is_prefill_stage else self.tkg_o_proj
 
     def forward(
         self,
@@ -196,6 +239,14 @@ class NeuronAttentionBase(AttentionCore):
         prefix (`is_prefix_caching` and at least 128 tokens, `impl.step.PREFIX_LEN_MIN`) or of the
         windows before (`windowed_context_encoding_window_idx`). Decode differs from those in its
         sinks, in needing `active_mask` for several tokens, and in refusing several for chunks.
+
+        On several ranks every rank is given the same arguments, whole sequences and whole batches,
+        and returns the same output. A rank's own are its cache (its KV heads and, under data
+        parallelism, its rows of the batch), its cos and sin caches (its tokens), and under sequence
+        parallelism the hidden states of a prefill and their output: `seq_len / tp_degree` tokens,
+        rank `r` holding piece `impl.parallel.StageMesh.positions[r]`. Under
+        `strided_context_parallel_kernel_enabled` all arguments of a prefill, and its output, have
+        their tokens in strided order (`impl.parallel.strided`); K and V come back in natural order.
 
         Args:
             hidden_states: `(batch, seq_len, hidden_size)`, any floating dtype.
@@ -245,6 +296,24 @@ class NeuronAttentionBase(AttentionCore):
         check_hidden_states(hidden_states, self.hidden_size)
         polar = bool(kwargs.pop("use_polar_compatible_rope", False))
         cache_arguments = {name: kwargs[name] for name in CACHE_KEYWORDS if name in kwargs}
+        if self.dp_degree > 1 and (get_kv_per_layer or past_key_value is not None):
+            rows = self.parallel.decode.own_rows
+            hidden_states, attention_mask, position_ids, active_mask, ids = rows(
+                hidden_states,
+                attention_mask,
+                position_ids,
+                active_mask,
+                cache_arguments.get("seq_ids"),
+            )
+            cache_arguments["seq_ids"] = ids
+            if rotary_position_ids is not None:
+                rotary_position_ids = self.parallel.decode.rows(
+                    rotary_position_ids, rotary_position_ids.dim() - 2
+                )
+        elif self.dp_degree > 1 and cache_arguments.get("seq_ids") is None:
+            # every rank encodes the whole batch and caches its rows of it
+            batch = hidden_states.shape[0]
+            cache_arguments["seq_ids"] = torch.arange(batch, device=hidden_states.device)
         if get_kv_per_layer:
             if past_key_value is not None:
                 raise ShapeError(
@@ -266,14 +335,18 @@ class NeuronAttentionBase(AttentionCore):
             past_key_value,
             windowed_context_encoding_window_idx,
         )
+        if position_ids is None and past_key_value is None:
+            position_ids = self.parallel.prefill.first_positions(hidden_states)
         check_active_mask(active_mask, has_past=past_key_value is not None)
-        position_ids = given_positions(
-            position_ids, hidden_states, has_past=past_key_value is not None
-        )
+        encodes = phase is Phase.CONTEXT_ENCODING
+        before = self.parallel.prefill
+        seq_len = before.sequence_length(hidden_states) if encodes else hidden_states.shape[1]
+        position_ids = given_positions(position_ids, hidden_states, seq_len)
         cache_layout = None
         if kv_mgr is not None and "idx" in cache_arguments:
             cache_layout = kv_mgr.layout(cache_arguments["idx"])
-            position_ids = kv_mgr.seated(position_ids, cache_arguments.get("seq_ids"))
+            if self.dp_degree == 1 or not encodes:
+                position_ids = kv_mgr.seated(position_ids, cache_arguments.get("seq_ids"))
         if windowed_context_encoding_window_idx == 0 and attention_mask is None:
             attention_mask = position_ids >= 0  # A prompt's windows are causal, the first as well.
         step = StepInputs(
@@ -305,7 +378,7 @@ class NeuronAttentionBase(AttentionCore):
         return NeuronAttentionBaseOutput(
             hidden_states=output.hidden_states,
             present_key_value=require_manager(kv_mgr, cache_arguments).update_kv_by_layer_id(
-                position_ids=position_ids,
+                position_ids=before.natural(position_ids, 1) if encodes else position_ids,
                 kv_per_layer=output.present_key_value,
                 **cache_arguments,
             ),
@@ -360,34 +433,44 @@ class NeuronAttentionBase(AttentionCore):
     def chunked_attention_with_context_parallel_forward(
         self, step: StepInputs
     ) -> NeuronAttentionBaseOutput:
-        """Forward of a chunked layer under context parallelism; not served by this version."""
-        raise UnsupportedError(
-            explain(
-                "cp_degree",
-                "be 1 for a chunked layer in this version",
-                self.cp_degree,
-                "this version runs on one rank",
-            )
-        )
+        """Forward of a chunked layer under context parallelism, which cuts each chunk."""
+        return self.chunked_attention_forward(step)
 
     def _layer_forward(self, step: StepInputs) -> NeuronAttentionBaseOutput:
         hidden_states = step.hidden_states.to(self.torch_dtype)
+        positions, rotary_positions = step.position_ids, step.rotary_position_ids
+        encodes = step.phase is Phase.CONTEXT_ENCODING
+        phase = self.parallel.prefill if encodes else self.parallel.decode
+        if isinstance(phase, PrefillPhase):
+            hidden_states = phase.enter(hidden_states)
+            positions = phase.tokens(positions, 1)
+            if rotary_positions is not None:
+                rotary_positions = phase.tokens(rotary_positions, rotary_positions.dim() - 1)
         q, k, v, cos_cache, sin_cache = self.prep_qkv_tensors(
             hidden_states,
-            step.position_ids,
+            positions,
             cos_cache=step.cos_cache,
             sin_cache=step.sin_cache,
             rmsnorm=step.rmsnorm,
-            rotary_position_ids=step.rotary_position_ids,
+            rotary_position_ids=rotary_positions,
             use_polar_compatible_rope=step.use_polar_compatible_rope,
+            is_prefill_stage=encodes,
         )
+        if isinstance(phase, PrefillPhase):
+            k, v = phase.gather_keys(k, v)
         merged = self.attend(step, q, k, v).transpose(1, 2).flatten(2)
+        output = self.get_o_proj(encodes)(merged, phase.reduce).to(step.hidden_states.dtype)
+        residual = step.residual
+        if isinstance(phase, PrefillPhase):
+            k, v = self.parallel.for_cache(k), self.parallel.for_cache(v)
+            if phase.ends_a_row and residual is not None:
+                output, residual = output + residual, None
         return NeuronAttentionBaseOutput(
-            hidden_states=self.o_proj(merged).to(step.hidden_states.dtype),
+            hidden_states=phase.leave(output),
             present_key_value=(k, v),
             cos_cache=cos_cache,
             sin_cache=sin_cache,
-            residual=step.residual,
+            residual=residual,
         )
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from impl.attention_inputs import AttentionInputs
 from impl.config import InferenceConfig
-from impl.errors import ShapeError, explain
+from impl.errors import ShapeError, UnsupportedError, explain
 from impl.kernels import PrefillRule, PriorKeys, native, prefill
 from impl.kv_cache import KeyValue
 from impl.layer_options import LayerOptions
 from impl.masks import active_token_mask, prior_mask, validity
+from impl.parallel.token_order import Run
 from impl.sink import LearnedSink
 from impl.slot_positions import (
     NOWHERE,
@@ -25,6 +28,7 @@ from impl.slot_positions import (
 from impl.step import Phase, StepInputs
 from impl.strategy import (
     FlashAttentionStrategy,
+    Implementation,
     KernelChoice,
     get_flash_attention_strategy,
     resolve_kernel,
@@ -76,9 +80,11 @@ class AttentionCore(AttentionInputs):
         if self.learned_sinks_size is None:
             return
         size, heads, dtype = self.learned_sinks_size, self.num_heads, self.torch_dtype
-        self.learned_sinks = LearnedSink(size, heads, dtype, self.tp_degree)
+        self.learned_sinks = LearnedSink(size, heads, dtype, self.tp_degree // self.cp_degree)
         if self.cp_degree != self.dp_degree:
-            self.tkg_learned_sinks = LearnedSink(size, heads, dtype, self.tp_degree)
+            self.tkg_learned_sinks = LearnedSink(
+                size, heads, dtype, self.tp_degree // self.dp_degree
+            )
 
     def get_learned_sinks(self, is_prefill_stage: bool | None = None) -> Tensor | None:
         """Sink logits of a phase.
@@ -87,8 +93,8 @@ class AttentionCore(AttentionInputs):
             is_prefill_stage: the phase; None is `neuron_config.is_prefill_stage`.
 
         Returns:
-            `(num_attention_heads,)`: those of decode only in decode and where context and data
-            parallelism differ, else those of the layer. None if the layer has no sinks.
+            One per query head of this rank: those of decode only in decode and where context and
+            data parallelism differ, else those of the layer. None if the layer has no sinks.
         """
         if self.learned_sinks is None:
             return None
@@ -134,7 +140,7 @@ class AttentionCore(AttentionInputs):
             prior: whether the step also sees cached keys.
             device_type: where it runs.
         """
-        plain = self.prefill_rule.plain(
+        plain = self.cp_degree == 1 and self.prefill_rule.plain(
             sink=self.learned_sinks is not None, explicit_mask=explicit_mask, prior=prior
         )
         return resolve_kernel(
@@ -150,10 +156,11 @@ class AttentionCore(AttentionInputs):
 
         Args:
             step: the step.
-            q: `(batch, num_attention_heads, seq_len, head_dim)`, BHSD, and k and v with
-                `num_key_value_heads`, rotated.
-            k: see q.
-            v: see q.
+            q: `(batch, num_attention_heads, tokens, head_dim)`, BHSD, of this rank's heads and
+                tokens, rotated.
+            k: `(batch, num_key_value_heads, seq_len, head_dim)`, of this rank's heads; in prefill
+                of every token, in natural order.
+            v: like `k`.
 
         Returns:
             Like `q`.
@@ -163,6 +170,15 @@ class AttentionCore(AttentionInputs):
             return self.perform_prefill(q, k, v, step.attention_mask, step.position_ids)
         prior = (past, step.attention_mask, step.active_mask, step.cache_layout)
         if step.phase is Phase.CONTEXT_ENCODING:
+            if self.parallel.splits_tokens_or_rows:
+                raise UnsupportedError(
+                    explain(
+                        "past_key_value",
+                        "be None in prefill under context or data parallelism",
+                        "a cache",
+                        "a rank's cache lacks heads or rows that its prefill would read",
+                    )
+                )
             return self.perform_prefix_prefill(q, k, v, step.position_ids, *prior)
         return self.compute_for_token_gen(q, k, v, step.position_ids, *prior)
 
@@ -175,8 +191,8 @@ class AttentionCore(AttentionInputs):
             q: as in `attend`, like k and v.
             k: see q.
             v: see q.
-            attention_mask: as in `forward`.
-            position_ids: `(batch, seq_len)`.
+            attention_mask: as in `forward`, of the whole sequence as the caller has it.
+            position_ids: `(batch, seq_len)`, likewise.
 
         Returns:
             Like `q`.
@@ -190,16 +206,29 @@ class AttentionCore(AttentionInputs):
             explicit_mask=attention_mask is not None and attention_mask.dim() == 4,
             device_type=q.device.type,
         )
-        return prefill(
-            q,
-            k,
-            v,
-            implementation=choice.implementation,
-            rule=self.prefill_rule,
-            sink=self.get_learned_sinks(is_prefill_stage=True),
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-        )
+        phase = self.parallel.prefill
+        own_positions = phase.tokens(position_ids, 1)
+        runs = phase.runs(position_ids.shape[1])
+        if choice.implementation is Implementation.NATIVE:
+            # positions are explicit there, so that one call does for any tokens
+            runs = (Run(0, q.shape[2], 0, 1),)
+        heads = []
+        for run in runs:
+            rule = replace(self.prefill_rule, q_offset=run.offset, q_stride=run.stride)
+            heads.append(
+                prefill(
+                    q.narrow(2, run.start, run.length),
+                    k,
+                    v,
+                    implementation=choice.implementation,
+                    rule=rule,
+                    sink=self.get_learned_sinks(is_prefill_stage=True),
+                    attention_mask=phase.mask(attention_mask, run),
+                    position_ids=own_positions.narrow(1, run.start, run.length),
+                    kv_position_ids=phase.natural(position_ids, 1),
+                )
+            )
+        return heads[0] if len(heads) == 1 else torch.cat(heads, dim=2)
 
     def perform_prefix_prefill(
         self,

@@ -11,6 +11,7 @@ from impl.errors import ConfigError, ShapeError, explain
 from impl.gqa import GroupQueryAttention_QKV
 from impl.layer_options import LayerOptions
 from impl.norms import L2Norm, QKNormPlacement, QKNormScope, check_eps
+from impl.parallel.layer import LayerParallel, PhaseHeads
 from impl.rope import PolarRotaryEmbedding, apply_rotary_polar_compatible, apply_rotary_pos_emb
 from impl.rope_frequencies import RotaryFrequencies
 from impl.temperature import scale_queries
@@ -36,6 +37,7 @@ class AttentionInputs(nn.Module):
         k_layernorm: weighted norm of k.
         clip_qkv: clamp q, k and v to `[-clip_qkv, clip_qkv]`.
         qkv_bias: bias of q, k and v.
+        parallel: this rank's share of the layer.
 
     Raises:
         ConfigError: a value or a combination that is not defined.
@@ -53,6 +55,7 @@ class AttentionInputs(nn.Module):
         k_layernorm: Norm | None,
         clip_qkv: float | None,
         qkv_bias: bool,
+        parallel: LayerParallel,
     ) -> None:
         super().__init__()
         options.check_against(config.neuron_config)
@@ -79,16 +82,31 @@ class AttentionInputs(nn.Module):
         self.rope_theta = rope_theta
         self.polar_rotary_emb = self._make_polar(rope_theta, use_scaled_rope)
         self._init_norms(q_layernorm, k_layernorm)
-        self.qkv_proj = GroupQueryAttention_QKV(
+        self.parallel = parallel
+        self.clip_qkv = clip_qkv
+        if parallel.shares_weights:
+            self.qkv_proj = self._make_projection(parallel.prefill_heads)
+        else:
+            self.cte_qkv_proj = self._make_projection(parallel.prefill_heads)
+            self.tkg_qkv_proj = self._make_projection(parallel.decode_heads)
+
+    def _make_projection(self, heads: PhaseHeads) -> GroupQueryAttention_QKV:
+        return GroupQueryAttention_QKV(
             self.hidden_size,
             self.head_dim,
-            self.num_heads,
-            self.num_key_value_heads,
+            len(heads.query),
+            len(heads.key_value),
             dtype=self.torch_dtype,
-            bias=qkv_bias,
+            bias=self.qkv_bias,
             fused_qkv=self.neuron_config.fused_qkv,
-            clip_qkv=clip_qkv,
+            clip_qkv=self.clip_qkv,
         )
+
+    def get_qkv_proj(self, is_prefill_stage: bool) -> GroupQueryAttention_QKV:
+        """Projection of a phase: one for both, or `cte_qkv_proj` and `tkg_qkv_proj`."""
+        if self.parallel.shares_weights:
+            return self.qkv_proj
+        return self.cte_qkv_proj if is_prefill_stage else self.tkg_qkv_proj
 
     def _make_polar(
         self, rope_theta: float | None, use_scaled_rope: bool
@@ -143,6 +161,7 @@ class AttentionInputs(nn.Module):
         rmsnorm: Norm | None = None,
         rotary_position_ids: Tensor | None = None,
         use_polar_compatible_rope: bool = False,
+        is_prefill_stage: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """Project, norm and rotate.
 
@@ -154,29 +173,23 @@ class AttentionInputs(nn.Module):
             rmsnorm: see `forward`.
             rotary_position_ids: see `forward`.
             use_polar_compatible_rope: see `forward`.
+            is_prefill_stage: the phase, which says which heads this rank holds.
 
         Returns:
             q `(batch, num_attention_heads, seq_len, head_dim)`, k and v
-            `(batch, num_key_value_heads, seq_len, head_dim)`, BHSD, in the layer's dtype; and the
-            cos and sin caches.
+            `(batch, num_key_value_heads, seq_len, head_dim)`, BHSD, in the layer's dtype, of this
+            rank's heads; and the cos and sin caches.
         """
         if rmsnorm is not None:
             hidden_states = rmsnorm(hidden_states).to(self.torch_dtype)
-        q, k, v = self.qkv_proj(hidden_states)
+        q, k, v = self.get_qkv_proj(is_prefill_stage)(hidden_states)
         options = self.options
         scope, weighted = options.qk_layernorm_scope, options.qk_layernorm_placement
         if options.qk_norm_placement is QKNormPlacement.PRE_ROPE:
-            q, k = self._normed(q, k, self.qk_norm, self.qk_norm)
+            q, k = self._flat_normed(q, k, self.qk_norm, self.qk_norm, is_prefill_stage)
         if scope is QKNormScope.PROJECTION:
-            q, k = self._normed(q, k, self.q_layernorm, self.k_layernorm)
-        q, k, v = (
-            flat.unflatten(-1, (heads, self.head_dim))
-            for flat, heads in (
-                (q, self.num_heads),
-                (k, self.num_key_value_heads),
-                (v, self.num_key_value_heads),
-            )
-        )
+            q, k = self._flat_normed(q, k, self.q_layernorm, self.k_layernorm, is_prefill_stage)
+        q, k, v = (flat.unflatten(-1, (-1, self.head_dim)) for flat in (q, k, v))
         norm_here = scope is QKNormScope.HEAD and weighted is QKNormPlacement.PRE_ROPE
         if norm_here and not options.post_transpose_layernorm:
             q, k = self._normed(q, k, self.q_layernorm, self.k_layernorm)
@@ -205,6 +218,18 @@ class AttentionInputs(nn.Module):
         if q_norm is None or k_norm is None:
             return q, k
         return q_norm(q).to(self.torch_dtype), k_norm(k).to(self.torch_dtype)
+
+    def _flat_normed(
+        self, q: Tensor, k: Tensor, q_norm: Norm | None, k_norm: Norm | None, is_prefill: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Apply a pair of norms over the heads of all ranks, each head counted once."""
+        if q_norm is None or k_norm is None:
+            return q, k
+        heads = self.parallel.prefill_heads if is_prefill else self.parallel.decode_heads
+        width = self.head_dim
+        q, k = heads.gather_query(q, width), heads.gather_key(k, width)
+        q, k = self._normed(q, k, q_norm, k_norm)
+        return heads.own_query(q, width), heads.own_key(k, width)
 
     def apply_rotary_embedding(
         self,

@@ -22,15 +22,13 @@ def check_hidden_states(hidden_states: Tensor, width: int) -> None:
         raise ShapeError(explain("hidden_states", f"have shape (batch, seq_len, {width})", shape))
 
 
-def given_positions(
-    position_ids: Tensor | None, hidden_states: Tensor, *, has_past: bool
-) -> Tensor:
-    """Return the positions of a step: those given, or `0, 1, ...` where nothing is cached.
+def given_positions(position_ids: Tensor | None, hidden_states: Tensor, seq_len: int) -> Tensor:
+    """Return the positions of a step, checked.
 
     Args:
         position_ids: as in `forward`.
-        hidden_states: `(batch, seq_len, hidden_size)`.
-        has_past: there are cached keys.
+        hidden_states: `(batch, tokens, hidden_size)`.
+        seq_len: tokens of the whole sequence, of which these may be a rank's.
 
     Returns:
         `(batch, seq_len)`, integer.
@@ -38,11 +36,9 @@ def given_positions(
     Raises:
         ShapeError: they are not integers of that shape, or needed and missing.
     """
-    batch, seq_len, _ = hidden_states.shape
+    batch = hidden_states.shape[0]
     if position_ids is None:
-        if has_past:
-            raise ShapeError(explain("position_ids", "be given with cached keys", None))
-        return torch.arange(seq_len, device=hidden_states.device).expand(batch, seq_len)
+        raise ShapeError(explain("position_ids", "be given with cached keys", None))
     shape = tuple(position_ids.shape)
     if shape != (batch, seq_len):
         raise ShapeError(explain("position_ids", f"have shape {(batch, seq_len)}", shape))

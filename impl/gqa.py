@@ -2,63 +2,15 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from impl.config import check_head_counts
 from impl.errors import ConfigError, explain
-
-
-class GQA(Enum):
-    """How key/value heads are laid over tensor-parallel ranks."""
-
-    CONVERT_TO_MHA = "convert-to-mha"
-    REPLICATE_TO_TP_DEGREE = "replicate-to-tp-degree"
-
-
-def determine_sharding_strategy(
-    tp_degree: int, source_key_value_heads: int, desired_sharding_strategy: GQA | None = None
-) -> GQA:
-    """Choose how KV heads meet the ranks.
-
-    Args:
-        tp_degree: ranks.
-        source_key_value_heads: KV heads of the model.
-        desired_sharding_strategy: what to use if it can be; None is replication.
-
-    Returns:
-        The desired strategy, but CONVERT_TO_MHA where replication does not come out even.
-    """
-    desired = desired_sharding_strategy or GQA.REPLICATE_TO_TP_DEGREE
-    if desired is GQA.REPLICATE_TO_TP_DEGREE and tp_degree % source_key_value_heads:
-        return GQA.CONVERT_TO_MHA
-    return desired
-
-
-def get_shardable_head_counts(
-    tp_degree: int, num_attention_heads: int, num_key_value_heads: int, sharding_strategy: GQA
-) -> tuple[int, int]:
-    """Pad and replicate heads until each rank gets as many.
-
-    Args:
-        tp_degree: ranks.
-        num_attention_heads: query heads of the model.
-        num_key_value_heads: KV heads of the model.
-        sharding_strategy: from `determine_sharding_strategy`.
-
-    Returns:
-        Query heads and KV heads over all ranks, both multiples of `tp_degree`.
-    """
-    query_heads = -(-num_attention_heads // tp_degree) * tp_degree
-    if num_attention_heads == num_key_value_heads:
-        return query_heads, query_heads
-    if num_key_value_heads >= tp_degree and num_key_value_heads % tp_degree == 0:
-        return query_heads, num_key_value_heads
-    if sharding_strategy is GQA.REPLICATE_TO_TP_DEGREE:
-        return query_heads, tp_degree
-    return query_heads, query_heads
+from impl.parallel.groups import ALONE, Group
+from impl.parallel.linear import ColumnParallelLinear, RowParallelLinear
 
 
 class GroupQueryAttention_QKV(nn.Module):
@@ -70,13 +22,14 @@ class GroupQueryAttention_QKV(nn.Module):
     Args:
         hidden_size: width of the input.
         head_dim: width of a head.
-        num_attention_heads: query heads.
-        num_key_value_heads: KV heads, which divide them.
+        num_attention_heads: query heads of this rank.
+        num_key_value_heads: KV heads of this rank, which divide them.
         dtype: dtype of weights and biases.
         bias: whether q, k and v have a bias.
         fused_qkv: one product instead of three.
         clip_qkv: clamp q, k and v to `[-clip_qkv, clip_qkv]`, after the bias.
         gather_output: gather the ranks' outputs; not defined for fused weights.
+        group: ranks that hold the other heads.
 
     Raises:
         ConfigError: uneven heads, `fused_qkv` with `gather_output`, or a clip that is not positive.
@@ -94,6 +47,7 @@ class GroupQueryAttention_QKV(nn.Module):
         fused_qkv: bool = False,
         clip_qkv: float | None = None,
         gather_output: bool = False,
+        group: Group = ALONE,
     ) -> None:
         super().__init__()
         check_head_counts(num_attention_heads, num_key_value_heads)
@@ -115,12 +69,23 @@ class GroupQueryAttention_QKV(nn.Module):
         widths = {"q_proj": self.q_width, "k_proj": self.kv_width, "v_proj": self.kv_width}
         if fused_qkv:
             widths = {"Wqkv": sum(widths.values())}
-        self.Wqkv: nn.Linear
-        self.q_proj: nn.Linear
-        self.k_proj: nn.Linear
-        self.v_proj: nn.Linear
+        self.Wqkv: ColumnParallelLinear
+        self.q_proj: ColumnParallelLinear
+        self.k_proj: ColumnParallelLinear
+        self.v_proj: ColumnParallelLinear
         for name, width in widths.items():
-            setattr(self, name, nn.Linear(hidden_size, width, bias=bias, dtype=dtype))
+            setattr(
+                self,
+                name,
+                ColumnParallelLinear(
+                    hidden_size,
+                    width,
+                    bias=bias,
+                    dtype=dtype,
+                    group=group,
+                    gather_output=gather_output,
+                ),
+            )
 
     @property
     def row_counts(self) -> tuple[int, int, int]:
@@ -157,10 +122,12 @@ class GroupQueryAttention_O(nn.Module):
     Args:
         hidden_size: width of the output.
         head_dim: width of a head.
-        num_attention_heads: query heads.
+        num_attention_heads: query heads of this rank.
         dtype: dtype of weight and bias.
-        bias: whether there is a bias.
+        bias: whether there is a bias; it is added once, to the sum over ranks.
         layer_name: name of the projection in checkpoints.
+        group: ranks that hold the other heads.
+        reduce_dtype: dtype of the sum over ranks; None is `dtype`.
     """
 
     def __init__(
@@ -172,11 +139,27 @@ class GroupQueryAttention_O(nn.Module):
         dtype: torch.dtype = torch.float32,
         bias: bool = False,
         layer_name: str = "o_proj",
+        group: Group = ALONE,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.layer_name = layer_name
-        self.o_proj = nn.Linear(num_attention_heads * head_dim, hidden_size, bias=bias, dtype=dtype)
+        self.o_proj = RowParallelLinear(
+            num_attention_heads * head_dim,
+            hidden_size,
+            bias=bias,
+            dtype=dtype,
+            group=group,
+            reduce_dtype=reduce_dtype,
+        )
 
-    def forward(self, attention_output: Tensor) -> Tensor:
-        """Project `(batch, seq_len, num_attention_heads * head_dim)` to hidden states."""
-        return self.o_proj(attention_output)  # type: ignore[no-any-return]
+    def forward(
+        self, attention_output: Tensor, reduce: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Project `(batch, seq_len, num_attention_heads * head_dim)` to hidden states.
+
+        Args:
+            attention_output: the outputs of this rank's heads.
+            reduce: see `impl.parallel.linear.RowParallelLinear`.
+        """
+        return self.o_proj(attention_output, reduce)  # type: ignore[no-any-return]

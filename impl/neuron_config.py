@@ -51,6 +51,7 @@ class NeuronConfig:
         tp_degree: tensor-parallel ranks, which is the world size.
         cp_degree: context-parallel groups during prefill; divides `tp_degree`.
         attention_dp_degree: data-parallel groups during decode; divides `tp_degree`.
+        switch_cc: plain meshes also on 8 by 8 ranks, in place of those of Trn2's wiring.
         sequence_parallel_enabled: activations between layers are split along the sequence.
         logical_nc_config: physical cores per logical core (LNC), 1 or 2.
         fused_qkv: one projection for q, k and v.
@@ -101,6 +102,7 @@ class NeuronConfig:
     tp_degree: int = 1
     cp_degree: int = 1
     attention_dp_degree: int = 1
+    switch_cc: bool = False
     sequence_parallel_enabled: bool = False
     logical_nc_config: int = 1
     fused_qkv: bool = False

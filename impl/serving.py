@@ -1,4 +1,4 @@
-"""What this version serves: one rank, any cache, one sequence a row.
+"""What this version serves: any cache, one sequence a row.
 
 Everything else that is a legal request is refused here with one sentence, at construction if the
 configuration asks for it and at the call if an argument does. Nothing is approximated.
@@ -11,14 +11,8 @@ from typing import Any
 from impl.errors import AttentionError, UnsupportedError, explain
 from impl.neuron_config import NeuronConfig
 
-_SINGLE_RANK = "this version runs on one rank"
-
 # Field of NeuronConfig, the values served, and what to do about any other.
 _SERVED_VALUES: tuple[tuple[str, tuple[object, ...], str], ...] = (
-    ("tp_degree", (1,), _SINGLE_RANK),
-    ("cp_degree", (1,), _SINGLE_RANK),
-    ("attention_dp_degree", (1,), _SINGLE_RANK),
-    ("sequence_parallel_enabled", (False,), _SINGLE_RANK),
     ("is_chunked_prefill", (False,), "prefill the whole prompt"),
     ("lora_config", (None,), "merge the adapter into the weights"),
 )
@@ -54,18 +48,21 @@ def check_layer_config(neuron_config: NeuronConfig) -> None:
             _refuse(name, f"be {served[0]!r} in this version", value, hint)
 
 
-def check_group(group: Any, num_cores_per_group: int, sequence_parallel: bool | None) -> None:
-    """Refuse a process group with more than this rank, shared KV heads, and split sequences.
+def check_group(group: Any, num_cores_per_group: int, tp_degree: int) -> None:
+    """Refuse a process group of other ranks than the run's, and shared KV heads.
 
     Raises:
-        UnsupportedError: any of them.
+        UnsupportedError: either of them.
     """
-    if sequence_parallel:
-        _refuse("sequence_parallel_enabled", "be False in this version", True, _SINGLE_RANK)
-    if group is not None and group.size() > 1:
-        _refuse("tensor_model_parallel_group", "have one rank", group.size(), _SINGLE_RANK)
+    if group is not None and group.size() != tp_degree:
+        _refuse(
+            "tensor_model_parallel_group",
+            "have tp_degree ranks",
+            f"{group.size()} and {tp_degree}",
+            "a layer runs on all ranks",
+        )
     if num_cores_per_group != 1:
-        _refuse("num_cores_per_group", "be 1", num_cores_per_group, _SINGLE_RANK)
+        _refuse("num_cores_per_group", "be 1", num_cores_per_group, "use the contiguous cache")
 
 
 def check_call(adapter_ids: object, keywords: dict[str, Any]) -> None:

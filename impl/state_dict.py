@@ -1,4 +1,4 @@
-"""Checkpoints: Hugging Face's names and fused or separate weights, into this layer's layout."""
+"""Checkpoints: Hugging Face's names and fused or separate weights, into this rank's layout."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from impl.errors import StateDictError, explain
+from impl.parallel.head_layout import Slots
+from impl.parallel.layer import PhaseHeads
+from impl.parallel.weights import shard_heads
 
 if TYPE_CHECKING:
     from impl.attention import NeuronAttentionBase
@@ -20,10 +23,12 @@ _SINK_NAMES = ("sinks", "learned_sinks.sink")
 
 
 def adapt(module: NeuronAttentionBase, state: dict[str, Tensor], prefix: str) -> None:
-    """Rename and reshape the entries under `prefix` for `module`, in place.
+    """Rename, reshape and shard the entries under `prefix` for `module`, in place.
 
     Accepted besides the module's own names: `{q,k,v}_proj.*`, fused `qkv_proj.*` or `Wqkv.*`
-    (rows: q, then k, then v), `<o_proj_layer_name>.*`, `{q,k}_norm.*` and `sinks`.
+    (rows: q, then k, then v), `<o_proj_layer_name>.*`, `{q,k}_norm.*` and `sinks`. Under these
+    names every head of the model is expected, and each rank keeps its own; the module's own
+    parameters are also taken as they are.
 
     Args:
         module: the layer to load into.
@@ -36,19 +41,16 @@ def adapt(module: NeuronAttentionBase, state: dict[str, Tensor], prefix: str) ->
     """
     found = {key[len(prefix) :]: key for key in state if key.startswith(prefix)}
     local = {name: state.pop(key) for name, key in found.items()}
-    _rename(local, _output_name(module), "o_proj.o_proj")
+    _rename(local, module.o_proj_layer_name, "o_proj.o_proj")
     if module.q_layernorm is not None:
         for theirs, ours in _NORM_NAMES.items():
             _rename(local, theirs, ours)
     _place_sinks(module, local)
     for kind in ("weight", "bias"):
         _place_qkv(module, local, kind)
+        _place_output(module, local, kind)
     _check_shapes(module, local)
     state.update({prefix + name: value for name, value in local.items()})
-
-
-def _output_name(module: NeuronAttentionBase) -> str:
-    return module.o_proj.layer_name
 
 
 def _rename(local: dict[str, Tensor], theirs: str, ours: str) -> None:
@@ -60,20 +62,55 @@ def _rename(local: dict[str, Tensor], theirs: str, ours: str) -> None:
             local[new] = local.pop(old)
 
 
+def _phases(module: NeuronAttentionBase) -> list[tuple[str, bool, PhaseHeads]]:
+    """Prefix of a phase's projections, whether it is prefill, and this rank's heads in it."""
+    parallel = module.parallel
+    if parallel.shares_weights:
+        return [("", True, parallel.prefill_heads)]
+    return [("cte_", True, parallel.prefill_heads), ("tkg_", False, parallel.decode_heads)]
+
+
 def _place_sinks(module: NeuronAttentionBase, local: dict[str, Tensor]) -> None:
     if module.learned_sinks is None:
         return
     for name in _SINK_NAMES:
-        if name in local:
-            value = local.pop(name)
-            local["learned_sinks.sink"] = value
-            if module.tkg_learned_sinks is not None:
-                local.setdefault("tkg_learned_sinks.sink", value)
+        if name not in local:
+            continue
+        value = local.pop(name)
+        whole = value.shape[0] == module.num_heads
+        for _, is_prefill, heads in _phases(module):
+            place = "learned_sinks.sink" if is_prefill else "tkg_learned_sinks.sink"
+            local.setdefault(place, shard_heads(value, heads.query, 1) if whole else value)
 
 
 def _place_qkv(module: NeuronAttentionBase, local: dict[str, Tensor], kind: str) -> None:
-    """Bring q, k and v of one kind (weight or bias) into the module's fused or separate form."""
-    rows = module.qkv_proj.row_counts
+    """Bring q, k and v of one kind (weight or bias) into each phase's projection."""
+    parts = _parts(module, local, kind)
+    if not parts:
+        return
+    for prefix, is_prefill, heads in _phases(module):
+        projection = module.get_qkv_proj(is_prefill)
+        slots = (heads.query, heads.key_value, heads.key_value)
+        place = f"{prefix}qkv_proj"
+        pieces = {
+            part: _own_heads(parts[part], of, count, rows, module.head_dim, f"{part}.{kind}")
+            for part, of, count, rows in zip(
+                _PARTS, slots, _head_counts(module), projection.row_counts, strict=True
+            )
+            if part in parts
+        }
+        if not projection.fused_qkv:
+            local.update({f"{place}.{part}.{kind}": piece for part, piece in pieces.items()})
+        elif len(pieces) < len(_PARTS):
+            raise StateDictError(
+                explain("state dict", f"hold q, k and v to fuse their {kind}", sorted(parts))
+            )
+        else:
+            local[f"{place}.Wqkv.{kind}"] = torch.cat([pieces[part] for part in _PARTS])
+
+
+def _parts(module: NeuronAttentionBase, local: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """Take q, k and v of one kind, fused or separate, out of the checkpoint."""
     fused = [f"{name}.{kind}" for name in _FUSED_NAMES if f"{name}.{kind}" in local]
     parts = {}
     for part in _PARTS:
@@ -86,34 +123,50 @@ def _place_qkv(module: NeuronAttentionBase, local: dict[str, Tensor], kind: str)
         raise StateDictError(
             explain("state dict", "hold q, k and v fused or separate", fused + list(parts.values()))
         )
-    if fused and not module.qkv_proj.fused_qkv:
-        value = local.pop(fused[0])
-        if value.shape[0] != sum(rows):
-            raise StateDictError(
-                explain(
-                    fused[0], f"have {sum(rows)} rows: q, k and v of {rows}", tuple(value.shape)
-                )
+    if not fused:
+        return {part: local.pop(name) for part, name in parts.items()}
+    value = local.pop(fused[0])
+    whole = [heads * module.head_dim for heads in _head_counts(module)]
+    own = list(module.get_qkv_proj(is_prefill_stage=True).row_counts)
+    for rows in (whole, own):
+        if value.shape[0] == sum(rows):
+            return dict(zip(_PARTS, torch.split(value, rows), strict=True))
+    raise StateDictError(
+        explain(
+            fused[0], f"have {sum(whole)} rows: q, k and v of {tuple(whole)}", tuple(value.shape)
+        )
+    )
+
+
+def _head_counts(module: NeuronAttentionBase) -> tuple[int, int, int]:
+    return (module.num_heads, module.num_key_value_heads, module.num_key_value_heads)
+
+
+def _own_heads(
+    value: Tensor, slots: Slots, heads: int, rows: int, width: int, name: str, dim: int = 0
+) -> Tensor:
+    """This rank's heads of a weight of all heads; a weight of its heads as it is."""
+    if value.shape[dim] == heads * width:
+        return value if slots == tuple(range(heads)) else shard_heads(value, slots, width, dim)
+    if value.shape[dim] == rows:
+        return value
+    kind = "rows" if dim == 0 else "columns"
+    raise StateDictError(explain(name, f"have {heads * width} {kind}", tuple(value.shape)))
+
+
+def _place_output(module: NeuronAttentionBase, local: dict[str, Tensor], kind: str) -> None:
+    """Bring the output projection into that of each phase."""
+    value = local.pop(f"o_proj.o_proj.{kind}", None)
+    if value is None:
+        return
+    for prefix, is_prefill, heads in _phases(module):
+        piece = value
+        if kind == "weight" and value.dim() == 2:
+            columns = module.get_o_proj(is_prefill).o_proj.in_features
+            piece = _own_heads(
+                value, heads.query, module.num_heads, columns, module.head_dim, "o_proj.weight", 1
             )
-        for part, piece in zip(_PARTS, torch.split(value, list(rows)), strict=True):
-            local[f"qkv_proj.{part}.{kind}"] = piece
-    elif fused:
-        local[f"qkv_proj.Wqkv.{kind}"] = local.pop(fused[0])
-    elif parts and module.qkv_proj.fused_qkv:
-        missing = [p for p in _PARTS if p not in parts]
-        if missing:
-            raise StateDictError(
-                explain("state dict", f"hold q, k and v to fuse their {kind}", sorted(parts))
-            )
-        pieces = [local.pop(parts[part]) for part in _PARTS]
-        for part, piece, count in zip(_PARTS, pieces, rows, strict=True):
-            if piece.shape[0] != count:
-                raise StateDictError(
-                    explain(f"{part}.{kind}", f"have {count} rows", tuple(piece.shape))
-                )
-        local[f"qkv_proj.Wqkv.{kind}"] = torch.cat(pieces)
-    else:
-        for part, name in parts.items():
-            local[f"qkv_proj.{part}.{kind}"] = local.pop(name)
+        local[f"{prefix}o_proj.o_proj.{kind}"] = piece
 
 
 def _check_shapes(module: NeuronAttentionBase, local: dict[str, Tensor]) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from impl import GQA, ConfigError, GroupQueryAttention_O, GroupQueryAttention_QKV, LearnedSink
-from impl.gqa import determine_sharding_strategy, get_shardable_head_counts
+from impl.parallel.sharding_strategy import determine_sharding_strategy, get_shardable_head_counts
 
 
 @pytest.mark.parametrize(

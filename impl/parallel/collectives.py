@@ -1,0 +1,63 @@
+"""Collectives of a group as functions of tensors: traceable, and the identity for a rank alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed._functional_collectives as functional
+from torch import Tensor
+
+from impl.parallel.groups import Group
+
+# torch 2.13 renamed both and warns of the older names
+_gather: Any = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
+_scatter: Any = (
+    getattr(functional, "reduce_scatter_single", None) or functional.reduce_scatter_tensor
+)
+
+
+def all_reduce(x: Tensor, group: Group) -> Tensor:
+    """Sum of all ranks' tensors, on every rank.
+
+    Args:
+        x: any shape, the same on every rank.
+        group: who takes part.
+    """
+    if group.size == 1:
+        return x
+    return _ready(functional.all_reduce(x.contiguous(), "sum", group.name))
+
+
+def all_gather(x: Tensor, dim: int, group: Group) -> Tensor:
+    """All ranks' tensors one after another along `dim`, on every rank.
+
+    Args:
+        x: any shape, the same on every rank.
+        dim: axis to join along.
+        group: who takes part.
+    """
+    if group.size == 1:
+        return x
+    return _ready(_gather(x.contiguous(), dim, group.name))
+
+
+def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
+    """This rank's piece, along `dim`, of the sum of all ranks' tensors.
+
+    Args:
+        x: any shape, the same on every rank; its length along `dim` a multiple of the ranks.
+        dim: axis to cut.
+        group: who takes part.
+    """
+    if group.size == 1:
+        return x
+    return _ready(_scatter(x.contiguous(), "sum", dim, group.name))
+
+
+def _ready(result: Any) -> Tensor:
+    """Wait, outside of a trace; inside one the wait is already part of it."""
+    if isinstance(result, functional.AsyncCollectiveTensor):
+        waited: Tensor = result.wait()
+        return waited
+    tensor: Tensor = result
+    return tensor

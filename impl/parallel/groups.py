@@ -1,0 +1,155 @@
+"""Process groups of a run, by stage: who reduces with whom.
+
+`init_process_group` starts `torch.distributed` with the backend of a device and takes ranks and
+addresses from the environment that `torchrun` sets, on one host or several. `process_groups` then
+makes the groups of a configuration once per process; every rank must come to it in the same order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from impl.errors import ConfigError, DeviceError, explain
+from impl.neuron_config import NeuronConfig
+from impl.parallel.meshes import StageMesh
+from impl.parallel.rank_maps import RankMaps, rank_maps
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "neuron": "neuron"}
+"""Backend of `torch.distributed` for each type of device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A process group as collectives name it.
+
+    Attributes:
+        name: its name in `torch.distributed`; empty for a rank alone.
+        size: ranks in it.
+        rank: this rank's place in it.
+    """
+
+    name: Any = ""
+    size: int = 1
+    rank: int = 0
+
+
+ALONE = Group()
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Groups of this rank in one stage.
+
+    Attributes:
+        tp: ranks that share heads.
+        split: ranks that share a sequence (prefill, CP) or a batch (decode, DP).
+        shards: shard of the weights that each rank of `tp` holds.
+    """
+
+    tp: Group = ALONE
+    split: Group = ALONE
+    shards: tuple[int, ...] = (0,)
+
+    @property
+    def shard(self) -> int:
+        """Shard of the weights that this rank holds."""
+        return self.shards[self.tp.rank]
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessGroups:
+    """Groups of this rank in both stages.
+
+    Attributes:
+        prefill: context encoding.
+        decode: token generation.
+        rank: this rank among all.
+    """
+
+    prefill: Stage = Stage()
+    decode: Stage = Stage()
+    rank: int = 0
+
+
+_MADE: WeakKeyDictionary[Any, dict[tuple[object, ...], ProcessGroups]] = WeakKeyDictionary()
+
+
+def init_process_group(
+    device: torch.device | str = "cpu", *, timeout: timedelta = timedelta(minutes=5)
+) -> None:
+    """Join the run that the environment describes.
+
+    Reads `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`, as `torchrun` sets them.
+
+    Args:
+        device: where tensors live; its type chooses the backend: gloo, nccl or neuron.
+        timeout: after which a collective that a rank does not join fails.
+
+    Raises:
+        DeviceError: no backend for this device.
+    """
+    kind = torch.device(device).type
+    if kind not in BACKENDS:
+        raise DeviceError(explain("device", f"be one of {tuple(BACKENDS)}", kind))
+    dist.init_process_group(BACKENDS[kind], timeout=timeout)
+
+
+def process_groups(run: NeuronConfig) -> ProcessGroups:
+    """Groups for a configuration, made on first use.
+
+    Args:
+        run: its degrees; `tp_degree` must be the world size of `torch.distributed`.
+
+    Returns:
+        This rank's groups; one rank alone needs no `torch.distributed`.
+
+    Raises:
+        ConfigError: `torch.distributed` has not started, or with another number of ranks.
+    """
+    if run.tp_degree == 1:
+        return ProcessGroups()
+    started = dist.is_available() and dist.is_initialized()
+    if not started or dist.get_world_size() != run.tp_degree:
+        raise ConfigError(
+            explain(
+                "tp_degree",
+                "be the number of ranks of torch.distributed",
+                f"{run.tp_degree} and {dist.get_world_size() if started else 'none started'}",
+                "call impl.parallel.init_process_group() in each process of torchrun",
+            )
+        )
+    made = _MADE.setdefault(dist.group.WORLD, {})
+    key = (run.tp_degree, run.cp_degree, run.attention_dp_degree, run.switch_cc)
+    if key not in made:
+        maps = rank_maps(*key[:3], switch_cc=run.switch_cc)
+        made[key] = _make(maps, dist.get_rank())
+    return made[key]
+
+
+def _make(maps: RankMaps, rank: int) -> ProcessGroups:
+    prefill = _stage(maps.prefill, "cp", rank, maps.prefill_ordering)
+    if (maps.prefill, maps.prefill_ordering) == (maps.decode, maps.decode_ordering):
+        return ProcessGroups(prefill, prefill, rank)
+    return ProcessGroups(prefill, _stage(maps.decode, "dp", rank, maps.decode_ordering), rank)
+
+
+def _stage(mesh: StageMesh, split: str, rank: int, ordering: tuple[int, ...]) -> Stage:
+    device = {backend: kind for kind, backend in BACKENDS.items()}.get(dist.get_backend(), "cpu")
+    made = DeviceMesh(device, torch.tensor(mesh.rows), mesh_dim_names=(split, "tp"))
+    row, column = mesh.coordinates(rank)
+    return Stage(
+        tp=_group(made, "tp", mesh.tp_degree, column),
+        split=_group(made, split, mesh.groups, row),
+        shards=tuple(ordering[other] % mesh.tp_degree for other in mesh.rows[row]),
+    )
+
+
+def _group(mesh: DeviceMesh, name: str, size: int, rank: int) -> Group:
+    return ALONE if size == 1 else Group(mesh.get_group(name).group_name, size, rank)

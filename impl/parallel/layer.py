@@ -1,0 +1,169 @@
+"""What one attention layer needs to know of its ranks: groups, heads and phases."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from impl.neuron_config import NeuronConfig
+from impl.parallel.collectives import all_gather
+from impl.parallel.groups import Group, process_groups
+from impl.parallel.head_layout import HeadLayout, Slots, head_layout, slots_of
+from impl.parallel.phases import DecodePhase, PrefillPhase
+from impl.parallel.sharding_strategy import GQA
+from impl.parallel.token_order import TokenOrder
+
+
+class PhaseHeads:
+    """Heads of this rank in one phase.
+
+    Args:
+        layout: heads of all shards.
+        shard: this rank's.
+        tp: ranks that share the heads.
+        order: shard of each rank of `tp`, in its order.
+
+    Attributes:
+        query: query head in each slot of this rank.
+        key_value: KV head in each slot of this rank.
+    """
+
+    def __init__(self, layout: HeadLayout, shard: int, tp: Group, order: tuple[int, ...]) -> None:
+        mine = layout.shard(shard)
+        self.query, self.key_value = mine.query, mine.key_value
+        self._tp = tp
+        shards = [layout.shard(index) for index in order]
+        self._all_query = tuple(head for s in shards for head in s.query)
+        self._all_key_value = tuple(head for s in shards for head in s.key_value)
+
+    def gather_query(self, flat: Tensor, width: int) -> Tensor:
+        """Flat queries of all heads of the model.
+
+        Args:
+            flat: `(batch, tokens, slots * width)`, of this rank.
+            width: `head_dim`.
+        """
+        return self._gather(flat, self._all_query, width)
+
+    def gather_key(self, flat: Tensor, width: int) -> Tensor:
+        """Flat keys of all heads of the model; see `gather_query`."""
+        return self._gather(flat, self._all_key_value, width)
+
+    def own_query(self, flat: Tensor, width: int) -> Tensor:
+        """This rank's slots of flat queries of all heads."""
+        return self._own(flat, self.query, width)
+
+    def own_key(self, flat: Tensor, width: int) -> Tensor:
+        """This rank's slots of flat keys of all heads."""
+        return self._own(flat, self.key_value, width)
+
+    def _gather(self, flat: Tensor, slots: Slots, width: int) -> Tensor:
+        if self._tp.size == 1:
+            return flat
+        every = _split(all_gather(flat, flat.dim() - 1, self._tp), width)
+        heads = range(max(slots) + 1)
+        return torch.cat([every[..., slots.index(head), :] for head in heads], dim=-1)
+
+    def _own(self, flat: Tensor, slots: Slots, width: int) -> Tensor:
+        if self._tp.size == 1:
+            return flat
+        heads = _split(flat, width)
+        # a padded slot belongs to a query head of zero weights: any finite values do
+        return torch.cat([heads[..., max(head, 0), :] for head in slots], dim=-1)
+
+
+class LayerParallel:
+    """A layer's share of the run on this rank.
+
+    Args:
+        run: how the model is run.
+        num_attention_heads: query heads of the model.
+        num_key_value_heads: KV heads of the model.
+        strategy: desired sharding of KV heads.
+        attention_chunk_size: chunks that context parallelism cuts; None cuts the sequence.
+        sequence_parallel: each rank is given its piece of the sequence; None is `run`'s.
+        stays_split_before: see `PrefillPhase`.
+        stays_split_after: see `PrefillPhase`.
+
+    Attributes:
+        shares_weights: both phases use the same shard of the weights.
+        prefill, decode: phases.
+        prefill_heads, decode_heads: this rank's heads in them.
+
+    Raises:
+        ConfigError: no process group of `tp_degree` ranks, or decode would read heads that this
+            rank does not have in prefill.
+    """
+
+    def __init__(
+        self,
+        run: NeuronConfig,
+        num_attention_heads: int,
+        num_key_value_heads: int,
+        *,
+        strategy: GQA | None = None,
+        attention_chunk_size: int | None = None,
+        sequence_parallel: bool | None = None,
+        stays_split_before: bool = False,
+        stays_split_after: bool = False,
+    ) -> None:
+        groups = process_groups(run)
+        self.rank = groups.rank
+        self.shares_weights = run.cp_degree == run.attention_dp_degree
+        heads = (num_attention_heads, num_key_value_heads, strategy)
+        tp, cp, dp = run.tp_degree, run.cp_degree, run.attention_dp_degree
+        self.prefill_heads = PhaseHeads(
+            head_layout(tp // cp, *heads),
+            groups.prefill.shard,
+            groups.prefill.tp,
+            groups.prefill.shards,
+        )
+        self.decode_heads = PhaseHeads(
+            head_layout(tp // dp, *heads),
+            groups.decode.shard,
+            groups.decode.tp,
+            groups.decode.shards,
+        )
+        self.prefill = PrefillPhase(
+            groups.prefill,
+            TokenOrder(
+                cp,
+                strided=run.strided_context_parallel_kernel_enabled,
+                chunk=attention_chunk_size,
+            ),
+            sequence_parallel=(
+                run.sequence_parallel_enabled if sequence_parallel is None else sequence_parallel
+            ),
+            stays_split_before=stays_split_before,
+            stays_split_after=stays_split_after,
+        )
+        # without a sum over heads there is nothing to order
+        dispatch = run.ep_dispatch_cc_option if groups.decode.tp.size > 1 else "AR_AG"
+        self.decode = DecodePhase(groups.decode, dispatch)
+        self._cached = slots_of(self.decode_heads.key_value, self.prefill_heads.key_value)
+        self._caches_all = self.decode_heads.key_value == self.prefill_heads.key_value
+
+    @property
+    def splits_tokens_or_rows(self) -> bool:
+        """Whether ranks share a sequence in prefill, or a batch in decode."""
+        return self.prefill.stage.split.size > 1 or self.decode.stage.split.size > 1
+
+    def for_cache(self, x: Tensor) -> Tensor:
+        """Heads of a prefill's keys or values that this rank reads in decode.
+
+        Args:
+            x: `(batch, kv_heads of prefill, tokens, head_dim)`, BHSD.
+
+        Returns:
+            `(batch, kv_heads of decode, tokens, head_dim)`; zeros where decode has padding.
+        """
+        if self._caches_all:
+            return x
+        zeros = torch.zeros_like(x[:, :1])
+        picked = [zeros if slot is None else x[:, slot : slot + 1] for slot in self._cached]
+        return torch.cat(picked, dim=1)
+
+
+def _split(flat: Tensor, width: int) -> Tensor:
+    """Cut the last axis into heads of `width`."""
+    return flat.reshape(*flat.shape[:-1], -1, width)

@@ -1,0 +1,239 @@
+"""Meshes, rank orders, heads per rank and cuts of a sequence, number by number.
+
+The numbers are those that neuronx-distributed-inference's own functions returned when run.
+"""
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+
+from impl import GQA, ConfigError, InferenceConfig, NeuronConfig, ShapeError
+from impl.parallel import TokenOrder, head_layout, rank_maps, stage_mesh, strided
+from impl.parallel.head_layout import PADDING, slots_of
+from impl.parallel.weights import shard_heads
+
+
+@pytest.mark.parametrize(
+    ("degrees", "expected"),
+    [
+        ((8, 2), [0, 2, 4, 6, 1, 3, 5, 7]),
+        ((4, 2), [0, 2, 1, 3]),
+        ((8, 4), [0, 4, 1, 5, 2, 6, 3, 7]),
+        ((8, 8), [0, 1, 2, 3, 4, 5, 6, 7]),
+        ((64, 16), [0, 16, 32, 48, 1, 17]),
+        ((8, 4, 2), [0, 2, 1, 3, 4, 6, 5, 7]),
+        ((16, 8, 2), [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9]),
+        ((64, 16, 8), [0, 2, 4, 6, 8, 10, 12, 14, 9, 11, 13, 15, 1, 3, 5, 7]),
+    ],
+)
+def test_decode_takes_its_shards_in_the_documented_order(
+    degrees: tuple[int, ...], expected: list[int]
+) -> None:
+    assert list(rank_maps(*degrees).decode_ordering[: len(expected)]) == expected
+
+
+@pytest.mark.parametrize(
+    ("degrees", "kv", "expected"),
+    [((4, 2), 4, [0, 0, 1, 1]), ((8, 4), 8, [0, 0, 1, 1, 2, 2, 3, 3])],
+)
+def test_each_rank_writes_the_documented_kv_head(
+    degrees: tuple[int, int], kv: int, expected: list[int]
+) -> None:
+    maps = rank_maps(*degrees)
+    before = head_layout(maps.prefill.tp_degree, kv, kv)
+    after = head_layout(maps.decode.tp_degree, kv, kv)
+    written = [
+        slots_of(
+            after.shard(maps.decode_shard(rank)).key_value,
+            before.shard(maps.prefill_shard(rank)).key_value,
+        )
+        for rank in range(degrees[0])
+    ]
+    assert written == [(slot,) for slot in expected]
+
+
+def test_context_parallel_rows_are_runs_of_ranks() -> None:
+    mesh = stage_mesh(8, 4)
+    assert mesh.rows == ((0, 1), (2, 3), (4, 5), (6, 7))
+    assert mesh.columns == ((0, 2, 4, 6), (1, 3, 5, 7))
+    assert [mesh.coordinates(rank)[0] for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_eight_by_eight_ranks_follow_the_wiring_of_trn2() -> None:
+    def ranks(*runs: tuple[int, int]) -> tuple[int, ...]:
+        return tuple(r for first, last in runs for r in range(first, last + 1))
+
+    assert stage_mesh(64, 8).rows == (
+        ranks((0, 3), (12, 15)),
+        ranks((4, 11)),
+        ranks((16, 19), (28, 31)),
+        ranks((20, 27)),
+        ranks((32, 35), (44, 47)),
+        ranks((36, 43)),
+        ranks((48, 51), (60, 63)),
+        ranks((52, 59)),
+    )
+    order = [0, 1, 2, 3, *range(8, 16), 4, 5, 6, 7, 16]
+    assert list(rank_maps(64, 8, 8).prefill_ordering[:17]) == order
+    assert list(stage_mesh(64, 8).positions[:17]) == order
+
+
+def test_switch_cc_and_other_sizes_keep_plain_rows() -> None:
+    assert stage_mesh(64, 8, switch_cc=True).rows[0] == tuple(range(8))
+    assert rank_maps(64, 8, 8, switch_cc=True).prefill_ordering == tuple(range(64))
+    assert stage_mesh(64, 16).rows[1] == (4, 5, 6, 7)
+    assert stage_mesh(32, 8).rows[0] == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("world", [8, 64, 128])
+@pytest.mark.parametrize("switch_cc", [False, True])
+def test_every_group_of_a_stage_holds_every_shard_once(world: int, switch_cc: bool) -> None:
+    degrees = [d for d in (1, 2, 4, 8, 16) if d <= world]
+    for cp, dp in product(degrees, degrees):
+        if cp > 1 and dp > 1 and cp % dp:
+            continue
+        maps = rank_maps(world, cp, dp, switch_cc=switch_cc)
+        for mesh, shard in (
+            (maps.prefill, maps.prefill_shard),
+            (maps.decode, maps.decode_shard),
+        ):
+            for row in mesh.rows:
+                assert sorted(map(shard, row)) == list(range(mesh.tp_degree))
+
+
+def test_every_accepted_mesh_writes_what_its_decode_reads() -> None:
+    seen = 0
+    degrees = (1, 2, 4, 8)
+    for world, cp, dp, kv, group in product(
+        (1, 2, 4, 8, 16), degrees, degrees, (1, 2, 3, 4, 8), (1, 3, 4)
+    ):
+        try:
+            run = NeuronConfig(
+                tp_degree=world,
+                cp_degree=cp,
+                attention_dp_degree=dp,
+                batch_size=16,
+                is_continuous_batching=True,
+            )
+            InferenceConfig(
+                neuron_config=run,
+                hidden_size=8,
+                num_attention_heads=kv * group,
+                num_key_value_heads=kv,
+            )
+        except ConfigError:
+            continue
+        maps = rank_maps(world, cp, dp)
+        before = head_layout(maps.prefill.tp_degree, kv * group, kv)
+        after = head_layout(maps.decode.tp_degree, kv * group, kv)
+        for rank in range(world):
+            held = before.shard(maps.prefill_shard(rank)).key_value
+            wanted = after.shard(maps.decode_shard(rank)).key_value
+            try:
+                found = slots_of(wanted, held)
+            except ConfigError:
+                assert kv == 3, "copies of a power of two come out even"
+                break
+            assert [PADDING if s is None else held[s] for s in found] == list(wanted)
+        seen += 1
+    assert seen > 300
+
+
+def test_a_head_that_was_never_written_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="only KV heads that it has in prefill"):
+        slots_of((0, 2), (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "query", "key_value"),
+    [
+        ((4, 6, 2), "01|2-|34|5-", "0|0|1|1"),
+        ((3, 8, 2), "012|345|67-", "000|011|11-"),
+        ((4, 6, 3), "01|23|45|--", "00|11|22|--"),
+        ((8, 7, 1), "0|1|2|3|4|5|6|-", "0|0|0|0|0|0|0|0"),
+        ((2, 8, 4), "0123|4567", "01|23"),
+        ((4, 6, 6), "01|23|45|--", "01|23|45|--"),
+        ((8, 4, 4), "0|-|1|-|2|-|3|-", "0|0|1|1|2|2|3|3"),
+    ],
+)
+def test_heads_lie_on_ranks_as_documented(sizes: Any, query: str, key_value: str) -> None:
+    layout = head_layout(*sizes)
+    shards = [layout.shard(index) for index in range(sizes[0])]
+
+    def text(slots: tuple[int, ...]) -> str:
+        return "".join("-" if head == PADDING else str(head) for head in slots)
+
+    assert "|".join(text(shard.query) for shard in shards) == query
+    assert "|".join(text(shard.key_value) for shard in shards) == key_value
+
+
+@pytest.mark.parametrize("desired", [None, GQA.CONVERT_TO_MHA])
+def test_every_query_slot_finds_its_kv_head_on_its_own_rank(desired: GQA | None) -> None:
+    for tp, kv, group in product((1, 2, 3, 4, 6, 8, 32), (1, 2, 3, 4, 8), (1, 2, 7, 8)):
+        layout = head_layout(tp, kv * group, kv, desired)
+        present = []
+        for index in range(tp):
+            shard = layout.shard(index)
+            ratio = len(shard.query) // len(shard.key_value)
+            assert ratio * len(shard.key_value) == len(shard.query)
+            for slot, head in enumerate(shard.query):
+                if head != PADDING:
+                    assert shard.key_value[slot // ratio] == head // group
+                    present.append(head)
+        assert sorted(present) == list(range(kv * group))
+
+
+def test_shards_are_heads_in_order_with_zeros_for_padding() -> None:
+    weight = torch.arange(1.0, 7.0)[:, None].expand(6, 2)
+    assert shard_heads(weight, (2, PADDING, 0), 2)[:, 0].tolist() == [5, 6, 0, 0, 1, 2]
+    assert shard_heads(weight.T, (1,), 2, dim=1)[0].tolist() == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("order", "length", "ranks"),
+    [
+        (TokenOrder(2), 8, ["0123", "4567"]),
+        (TokenOrder(2, chunk=4), 8, ["0145", "2367"]),
+        (TokenOrder(2, chunk=4), 6, ["014", "235"]),
+        (TokenOrder(2, chunk=8), 6, ["012", "345"]),
+        (TokenOrder(4, chunk=4), 8, ["04", "15", "26", "37"]),
+        (TokenOrder(1, chunk=4), 6, ["012345"]),
+    ],
+)
+def test_a_cut_sequence_joins_again(order: TokenOrder, length: int, ranks: list[str]) -> None:
+    tokens = torch.arange(length).expand(3, 2, length)
+    pieces = [order.split(tokens, 2, rank) for rank in range(order.ranks)]
+    assert ["".join(map(str, piece[0, 0].tolist())) for piece in pieces] == ranks
+    assert torch.equal(order.join(torch.cat(pieces, 2), 2), tokens)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [TokenOrder(4), TokenOrder(4, strided=True), TokenOrder(4, chunk=8), TokenOrder(1, chunk=8)],
+)
+def test_runs_name_the_tokens_of_a_rank(order: TokenOrder) -> None:
+    given = torch.arange(20)
+    given = strided(given, 0, 4) if order.strided else given
+    for rank in range(order.ranks):
+        named = [
+            run.offset + run.stride * i for run in order.runs(20, rank) for i in range(run.length)
+        ]
+        assert order.split(given, 0, rank).tolist() == named
+
+
+def test_strided_order_and_its_inverse() -> None:
+    order = TokenOrder(2, strided=True)
+    given = strided(torch.arange(8), 0, 2)
+    assert given.tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
+    assert order.natural(given, 0).tolist() == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("order", "length"),
+    [(TokenOrder(2), 7), (TokenOrder(2, chunk=4), 7), (TokenOrder(4, chunk=6), 12)],
+)
+def test_lengths_that_do_not_split_are_refused(order: TokenOrder, length: int) -> None:
+    with pytest.raises(ShapeError, match="split evenly over"):
+        order.split(torch.arange(length), 0, 0)
