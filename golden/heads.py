@@ -90,6 +90,20 @@ def add_bias(
     return observe(f"{name}_proj", value if bias is None else value + bias)
 
 
+class Flat(NamedTuple):
+    """Projections with bias and clamp, not yet split into heads.
+
+    Attributes:
+        q: `(batch, q_len, num_attention_heads * head_dim)`, float64.
+        k: `(batch, q_len, num_key_value_heads * head_dim)`, float64.
+        v: like `k`.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+
+
 def layer_heads(
     config: AttentionConfig,
     weights: AttentionWeights,
@@ -98,24 +112,18 @@ def layer_heads(
     observe: Observer,
     rotary_position_ids: Any = None,
 ) -> tuple[Array, Array, Array]:
-    """Turn projections into heads: clip, norm, split, RoPE, in the order of the module.
+    """Turn projections into heads: bias, clip, norm, split, RoPE, in the order of the module.
 
-    Args:
-        config: the layer.
-        weights: its arrays.
-        projected: products with the projections.
-        positions: `(batch, q_len)`, int64.
-        observe: sees and may change each stage.
-        rotary_position_ids: positions for RoPE in place of `positions`, `(batch, q_len)` or for
-            M-RoPE `(axes, batch, q_len)`, int; None takes `positions`.
-
-    Returns:
-        Queries, keys and values, BHSD, float64.
-
-    Raises:
-        ShapeError: `rotary_position_ids` does not fit.
-        ConfigError: `rotary_position_ids` for a layer without RoPE.
+    Takes, returns and raises what `rotated_heads` does, with `projected` for its `flat`.
     """
+    flat = flat_projections(config, weights, projected, observe)
+    return rotated_heads(config, weights, flat, positions, observe, rotary_position_ids)
+
+
+def flat_projections(
+    config: AttentionConfig, weights: AttentionWeights, projected: Projected, observe: Observer
+) -> Flat:
+    """Add the biases and clamp."""
     q_sum, k_sum, v_sum = projected.accumulations
     q = add_bias("q", projected.q, q_sum, weights.q_bias, observe)
     k = add_bias("k", projected.k, k_sum, weights.k_bias, observe)
@@ -125,9 +133,42 @@ def layer_heads(
         q = observe("q_clip", np.clip(q, -bound, bound))
         k = observe("k_clip", np.clip(k, -bound, bound))
         v = observe("v_clip", np.clip(v, -bound, bound))
+    return Flat(q, k, v)
+
+
+def rotated_heads(
+    config: AttentionConfig,
+    weights: AttentionWeights,
+    flat: Flat,
+    positions: Positions,
+    observe: Observer,
+    rotary_position_ids: Any = None,
+    whole: tuple[Array, Array] | None = None,
+) -> tuple[Array, Array, Array]:
+    """Split flat projections into heads and give them norm and RoPE.
+
+    Args:
+        config: the layer.
+        weights: its arrays.
+        flat: projections with bias and clamp.
+        positions: `(batch, q_len)`, int64.
+        observe: sees and may change each stage.
+        rotary_position_ids: positions for RoPE in place of `positions`, `(batch, q_len)` or for
+            M-RoPE `(axes, batch, q_len)`, int; None takes `positions`.
+        whole: for a norm of scope `projection`, the queries and the keys of which `flat` is one
+            rank's part, `(batch, q_len, whole width)`; None means `flat` is whole.
+
+    Returns:
+        Queries, keys and values, BHSD, float64.
+
+    Raises:
+        ShapeError: `rotary_position_ids` does not fit.
+        ConfigError: `rotary_position_ids` for a layer without RoPE.
+    """
+    q, k, v = flat
     norm = config.qk_norm
     if norm is not None and norm.scope == "projection":
-        q, k = _normalise_both(norm, weights, q, k, observe)
+        q, k = _normalise_both(norm, weights, q, k, observe, whole)
     q = split_heads(q, config.num_attention_heads)
     k = split_heads(k, config.num_key_value_heads)
     v = split_heads(v, config.num_key_value_heads)
@@ -165,10 +206,17 @@ def _rotary_positions(config: AttentionConfig, positions: Positions, given: Any)
 
 
 def _normalise_both(
-    norm: QKNorm, weights: AttentionWeights, q: Array, k: Array, observe: Observer
+    norm: QKNorm,
+    weights: AttentionWeights,
+    q: Array,
+    k: Array,
+    observe: Observer,
+    whole: tuple[Array, Array] | None = None,
 ) -> tuple[Array, Array]:
-    q = normalise(q, norm, weights.q_norm, weights.q_norm_bias, observe=observe, name="q")
-    k = normalise(k, norm, weights.k_norm, weights.k_norm_bias, observe=observe, name="k")
+    all_q, all_k = (None, None) if whole is None else whole
+    q_parts, k_parts = (weights.q_norm, weights.q_norm_bias), (weights.k_norm, weights.k_norm_bias)
+    q = normalise(q, norm, *q_parts, observe=observe, name="q", whole=all_q)
+    k = normalise(k, norm, *k_parts, observe=observe, name="k", whole=all_k)
     return q, k
 
 

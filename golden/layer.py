@@ -19,7 +19,7 @@ from golden.heads import (
 )
 from golden.lora import Lora
 from golden.masks import Mask, layer_mask
-from golden.stages import Array, Observer, unobserved
+from golden.stages import Accumulation, Array, Observer, unobserved
 from golden.weights import AttentionWeights
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "encode_projected",
     "generate_projected",
     "merge_heads",
+    "output_product",
     "project_qkv",
     "split_heads",
     "token_generation",
@@ -224,8 +225,21 @@ def attend_and_project(
         softcap=config.softcap,
         observe=observe,
     )
-    merged = merge_heads(attended.output)
-    projection, accumulation = product(merged, weights.o_proj)
-    if lora is not None:
-        projection, accumulation = lora.add("o", merged, projection, accumulation)
+    projection, accumulation = output_product(weights, attended.output, lora)
     return add_bias("o", projection, accumulation, weights.o_bias, observe)
+
+
+def output_product(
+    weights: AttentionWeights, attended: Array, lora: Lora | None = None
+) -> tuple[Array, Accumulation]:
+    """Multiply the heads' outputs, BHSD, with the output projection and its adapters.
+
+    Returns:
+        `(batch, q_len, hidden_size)`, float64, before the bias, and how it was summed. On one
+        rank of several this is its share of the sum over all heads.
+    """
+    merged = merge_heads(attended)
+    projection, accumulation = product(merged, weights.o_proj)
+    if lora is None:
+        return projection, accumulation
+    return lora.add("o", merged, projection, accumulation)

@@ -19,12 +19,14 @@ def normalise(
     *,
     observe: Observer = unobserved,
     name: str = "q",
+    whole: Array | None = None,
 ) -> Array:
     """Normalise along the last axis.
 
     N1: `rms` returns `x / sqrt(mean(x**2) + eps)` (Zhang and Sennrich 2019, arXiv 1910.07467).
     N2: `layer` subtracts the mean first (Ba et al. 2016, arXiv 1607.06450).
     N3: the learned weight is `weight_offset + weight`; the bias follows it.
+    N6: mean and mean square are those of the whole row, also where `x` is one rank's part of it.
 
     Args:
         x: float64, normalised along the last axis.
@@ -33,17 +35,20 @@ def normalise(
         bias: `(x.shape[-1],)` or None for none.
         observe: sees `{name}_norm_scale`, `{name}_norm_unit` and `{name}_norm`.
         name: `q` or `k`.
+        whole: the rows of which `x` is a part, `(..., whole width)`; None means `x` is whole.
 
     Returns:
         Normalised, shaped like `x`.
     """
+    rows = x if whole is None else whole
     if norm.kind == "layer":
-        x = x - x.mean(axis=-1, keepdims=True)
-    width = x.shape[-1]
-    power = np.square(x).mean(axis=-1, keepdims=True) + norm.eps
+        mean = rows.mean(axis=-1, keepdims=True)
+        x, rows = x - mean, rows - mean
+    width = rows.shape[-1]
+    power = np.square(rows).mean(axis=-1, keepdims=True) + norm.eps
 
     def squares() -> Array:  # the terms of the mean, carried through d(power ** -0.5) = 0.5 / power
-        fourth: Array = np.square(np.square(x) / width).sum(axis=-1, keepdims=True)
+        fourth: Array = np.square(np.square(rows) / width).sum(axis=-1, keepdims=True)
         slope: Array = np.square(0.5 * power**-1.5)
         return fourth * slope
 
