@@ -1,0 +1,116 @@
+"""Flash decoding: ranks that share a key/value head hold a part of its tokens each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from golden.arrays import Positions
+from golden.attention import Attended, attend
+from golden.caches.held import Rows
+from golden.errors import ConfigError
+from golden.masks import layer_mask
+from golden.serving import active_part
+from golden.sharding.collectives import all_gather, all_to_all, over_groups
+from golden.sharding.core_cache import CoreCache
+from golden.sharding.layer import RankHeads, ShardedLayer
+from golden.sharding.mesh import Groups
+from golden.split_kv import merge_attended
+from golden.stages import Array, Observer
+
+
+def core_groups(layer: ShardedLayer) -> Groups:
+    """Return the ranks among which a key/value head's tokens are spread."""
+    cores = layer.parallelism.cores_per_group
+    ranks = range(layer.decode.mesh.world_size)
+    return tuple(tuple(ranks[i : i + cores]) for i in range(0, len(ranks), cores))
+
+
+def attend_in_groups(
+    layer: ShardedLayer,
+    heads: Sequence[RankHeads],
+    places: Sequence[Positions],
+    caches: Sequence[Any],
+    ids: Sequence[Rows],
+    active_masks: Sequence[Any],
+    observers: Sequence[Observer],
+) -> list[Array]:
+    """Attend in three steps: gather queries, attend to own tokens, join by logsumexp.
+
+    D26: every core attends with all queries of its group to the tokens it holds, new ones
+        included; each rank then joins the partial results of its own heads. The sink counts on
+        core 0 alone.
+
+    Args:
+        layer: the layer.
+        heads: by rank, queries, keys and values of the new tokens.
+        places: by rank, their positions.
+        caches: by rank, a `CoreCache`.
+        ids: by rank, the cache row of each batch row.
+        active_masks: by rank, which new tokens see which.
+        observers: by rank.
+
+    Returns:
+        By rank, outputs of its heads, BHSD.
+
+    Raises:
+        ConfigError: a cache is of another kind.
+
+    Source: neuronx-distributed-inference, `flash_decoding` and `distributed_softmax`.
+    """
+    groups = core_groups(layer)
+    queries = over_groups(groups, [rank.q for rank in heads], lambda v: all_gather(v, axis=1))
+    queries = [observe("q_gathered", q) for observe, q in zip(observers, queries, strict=True)]
+    partial: list[Attended] = []
+    for rank, cache in enumerate(caches):
+        if not isinstance(cache, CoreCache):
+            raise ConfigError(
+                "caches must be those of ShardedLayer.empty_caches for flash decoding, got "
+                f"{type(cache).__name__} on rank {rank}"
+            )
+        prior = cache.prior(places[rank], seq_ids=ids[rank])
+        keys = prior.and_active(heads[rank].k, heads[rank].v, cache.own(places[rank]))
+        mask = layer_mask(layer.config)
+        if active_masks[rank] is not None:
+            mask = mask & active_part(active_masks[rank], prior)
+        partial.append(
+            attend(
+                queries[rank],
+                keys.k,
+                keys.v,
+                q_positions=places[rank],
+                kv_positions=keys.positions,
+                mask=mask,
+                softmax_scale=layer.config.softmax_scale,
+                sinks=_sinks(layer, groups, rank) if cache.core == 0 else None,
+                softcap=layer.config.softcap,
+                observe=observers[rank],
+            )
+        )
+    # each part as one more axis: every core sends rank i the heads of rank i
+    outputs = over_groups(
+        groups, [part.output[None] for part in partial], lambda v: all_to_all(v, split=2, join=0)
+    )
+    logs = over_groups(
+        groups, [part.logsumexp[None] for part in partial], lambda v: all_to_all(v, split=2, join=0)
+    )
+    return [
+        observe("attn_merged", _joined(output, log))
+        for observe, output, log in zip(observers, outputs, logs, strict=True)
+    ]
+
+
+def _joined(outputs: Array, logsumexps: Array) -> Array:
+    return merge_attended(list(map(Attended, outputs, logsumexps))).output
+
+
+def _sinks(layer: ShardedLayer, groups: Groups, rank: int) -> Array | None:
+    """Return the sinks of all query heads of a rank's group."""
+    weights = layer.decode.weights
+    if weights[rank].sinks is None:
+        return None
+    group = next(group for group in groups if rank in group)
+    sinks = [weights[member].sinks for member in group]
+    return np.concatenate([value for value in sinks if value is not None])

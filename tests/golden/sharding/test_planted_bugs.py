@@ -1,0 +1,231 @@
+"""Known mistakes of parallel attention, planted: each is seen, on the ranks that it reaches.
+
+Source of the mistakes: reports of TGI (#1036), vLLM (#28840, #47079), MinivLLM (#80),
+Megatron-DeepSpeed (#227), ring-flash-attention (#67), TransformerEngine (#1930) and others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import golden.sharding.flash_decoding
+import golden.sharding.output
+import golden.sharding.prefill
+from golden import Accumulation, Array, Attended, Observer, attend, merge_attended
+from golden.sharding import (
+    Mesh,
+    RankObserver,
+    RankStage,
+    ShardedLayer,
+    rank_weights,
+    shard,
+    unobserved_ranks,
+)
+from tests.golden.sharding.drawn import Choice, Drawn, Problem, drawn, plain, problem, serve
+
+
+@dataclass(frozen=True)
+class Served:
+    """A case to plant a mistake in."""
+
+    case: Drawn
+    exact: Problem
+    layer: ShardedLayer
+
+    def wrong_ranks(
+        self,
+        layer: ShardedLayer | None = None,
+        *,
+        decode_layer: ShardedLayer | None = None,
+        observe: RankObserver = unobserved_ranks,
+    ) -> set[int]:
+        """Return the ranks that return something else than the whole layer does."""
+        ranks = serve(
+            self.case, layer or self.layer, self.exact, decode_layer=decode_layer, observe=observe
+        )
+        return {rank for rank, got, want, bound in ranks if not (np.abs(got - want) <= bound).all()}
+
+
+def served(heads: tuple[int, int], degrees: tuple[int, int, int], **changes: Any) -> Served:
+    """Return a case; without a mistake no rank is wrong."""
+    choice: Choice = plain(heads, degrees, **({"size": 2} | changes))
+    case = drawn(choice, 7)
+    exact = problem(case)
+    good = Served(case, exact, shard(case.config, exact.weights, case.parallelism))
+    assert good.wrong_ranks() == set()
+    return good
+
+
+def rewrite(stage: str, change: Callable[[int, Array], Array]) -> RankObserver:
+    """Return observers that change one stage by rank."""
+
+    def of_rank(rank: int) -> Observer:
+        def observe(name: str, value: Array, how: Accumulation | None = None, /) -> Array:
+            return change(rank, value) if name == stage else value
+
+        return observe
+
+    return of_rank
+
+
+def with_weights(stage: RankStage, cut: Callable[[int], Any]) -> RankStage:
+    return replace(stage, weights=tuple(cut(rank) for rank in range(stage.mesh.world_size)))
+
+
+@pytest.mark.parametrize("degrees", [(2, 1, 1), (4, 2, 1), (4, 1, 2)])
+def test_the_output_bias_added_on_every_rank(degrees: tuple[int, int, int]) -> None:
+    good = served((4, 1), degrees)
+    bias = good.exact.weights.o_bias
+    extra = rewrite("o_product", lambda rank, value: value + (bias if rank % 2 else 0.0))
+    assert good.wrong_ranks(observe=extra) == set(range(degrees[0]))
+
+
+def test_key_value_heads_tiled_instead_of_repeated() -> None:
+    good = served((4, 2), (4, 1, 1))
+    stage, case = good.layer.decode, good.case
+    assert stage.layout.kv_heads == (0, 0, 1, 1)
+    tiled = replace(stage.layout, kv_heads=(0, 1, 0, 1))
+    bad = with_weights(stage, lambda r: rank_weights(case.config, good.exact.weights, tiled, r))
+    assert good.wrong_ranks(replace(good.layer, prefill=bad, decode=bad)) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("heads", "degrees"), [((4, 4), (8, 4, 1)), ((8, 4), (8, 4, 2)), ((4, 4), (4, 2, 1))]
+)
+def test_the_rank_order_of_the_decode_mesh_left_out(
+    heads: tuple[int, int], degrees: tuple[int, int, int]
+) -> None:
+    good = served(heads, degrees)
+    stage, whole = good.layer.decode, good.exact.weights
+    bad = with_weights(
+        stage,
+        lambda r: rank_weights(good.case.config, whole, stage.layout, r % stage.mesh.tp_degree),
+    )
+    assert good.wrong_ranks(decode_layer=replace(good.layer, decode=bad)) == set(range(degrees[0]))
+
+
+def test_two_ranks_of_an_eight_by_eight_row_swapped() -> None:
+    good = served((8, 8), (64, 8, 8))
+    ordering = list(good.layer.decode.ordering)
+    ordering[12], ordering[13] = ordering[13], ordering[12]  # as if the row were 0 1 2 3 13 12 ...
+    stage = replace(good.layer.decode, ordering=tuple(ordering))
+    bad = with_weights(
+        stage,
+        lambda r: rank_weights(good.case.config, good.exact.weights, stage.layout, stage.part(r)),
+    )
+    # both hold other heads than their caches: the row's sum is wrong, and every rank gathers it
+    assert good.wrong_ranks(decode_layer=replace(good.layer, decode=bad)) == set(range(64))
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_the_mask_of_a_context_parallel_rank_off_by_one(
+    step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = served((4, 2), (4, 2, 1), sequence_parallel=True)
+
+    def shifted(*qkv: Any, q_positions: Any, **options: Any) -> Attended:
+        late = q_positions.min() > 0  # the second row's queries, which start in mid-prompt
+        return attend(*qkv, q_positions=q_positions + step * int(late), **options)
+
+    monkeypatch.setattr(golden.sharding.prefill, "attend", shifted)
+    assert good.wrong_ranks() == {2, 3}
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("module", [golden.sharding.prefill, golden.sharding.flash_decoding])
+def test_base_two_logsumexps_joined_as_natural(
+    module: Any, sinks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ring = module is golden.sharding.prefill
+    options = {"kv_exchange": "ring"} if ring else {"cores": 2}
+    good = served((4, 1), (4, 2, 1) if ring else (4, 1, 1), sinks=sinks, **options)
+
+    def merged(parts: Sequence[Attended]) -> Attended:
+        return merge_attended(
+            [part._replace(logsumexp=part.logsumexp / math.log(2.0)) for part in parts]
+        )
+
+    monkeypatch.setattr(module, "merge_attended", merged)
+    assert good.wrong_ranks() == {0, 1, 2, 3}
+
+
+def test_keys_written_for_the_wrong_head() -> None:
+    good = served((4, 4), (4, 2, 1))
+    assert good.layer.written == ((0,), (0,), (1,), (1,))
+    bad = replace(good.layer, written=((0,), (0,), (0,), (1,)))  # rank 2 has heads 0 and 1
+    assert good.wrong_ranks(bad) == {0, 1, 2, 3}  # decode's sum is wrong on every rank
+
+
+@pytest.mark.parametrize("degrees", [(4, 1, 1), (4, 2, 1), (4, 2, 2)])
+def test_a_ranks_sinks_are_those_of_another(degrees: tuple[int, int, int]) -> None:
+    good = served((8, 1), degrees, sinks=True, sequence_parallel=True)
+    stage = good.layer.prefill
+    sinks = [weights.sinks for weights in stage.weights]
+    donor = next(rank for rank in range(4) if not np.array_equal(sinks[rank], sinks[0]))
+    other = replace(stage.weights[0], sinks=sinks[donor])
+    bad = replace(stage, weights=(other, *stage.weights[1:]))
+    # its share is wrong, so the sum of its row is; the pieces of other rows are not
+    assert good.wrong_ranks(replace(good.layer, prefill=bad)) == set(stage.mesh.rows[0])
+
+
+def test_batch_rows_swapped_between_data_parallel_ranks() -> None:
+    good = served((4, 2), (8, 4, 2))
+    mesh = good.layer.decode.mesh
+    swapped = replace(good.layer.decode, mesh=Mesh(mesh.rows[::-1]))
+    bad = replace(good.layer, decode=swapped)
+    assert good.wrong_ranks(decode_layer=bad) == set(range(8))
+
+
+@pytest.mark.parametrize("wiring", ["trn2", "pds"])
+def test_pieces_of_rs_ag_gathered_in_the_order_of_the_ranks(
+    wiring: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = plain((8, 8), (64, 8, 8), ep_dispatch="RS_AG")
+    case = drawn(choice, 7)
+    case = replace(case, parallelism=replace(case.parallelism, eight_by_eight=wiring))
+    exact = problem(case)
+    good = Served(case, exact, shard(case.config, exact.weights, case.parallelism))
+    flat = good.layer.decode.mesh.flattened
+    assert good.wrong_ranks() == set()
+
+    def by_rank(values: Sequence[Array], axis: int) -> list[Array]:
+        return [np.concatenate([values[flat.index(r)] for r in range(64)], axis=axis)] * 64
+
+    monkeypatch.setattr(golden.sharding.output, "all_gather", by_rank)
+    assert good.wrong_ranks() == set(range(64))
+
+
+def test_the_partial_sums_never_reduced() -> None:
+    good = served((4, 2), (2, 1, 1))
+    zeros = rewrite("o_product", lambda rank, value: value if rank == 0 else 0.0 * value)
+    assert good.wrong_ranks(observe=zeros) == {0, 1}
+
+
+def test_a_ring_that_counts_the_sink_on_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = served((4, 1), (4, 4, 1), sinks=True, kv_exchange="ring")
+    plain_attend = golden.sharding.prefill._attend
+
+    def counted(
+        layer: Any, rank: int, q: Any, at: Any, held: Any, with_sink: bool, see: Any
+    ) -> Any:
+        return plain_attend(layer, rank, q, at, held, True, see)
+
+    monkeypatch.setattr(golden.sharding.prefill, "_attend", counted)
+    assert good.wrong_ranks() == {0, 1, 2, 3}
+
+
+def test_a_flat_norm_over_the_ranks_own_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = served((4, 2), (2, 1, 1), norm="flat-weightless")
+    real = golden.sharding.layer.rotated_heads
+
+    def alone(*given: Any) -> Any:
+        return real(*given[:-1], None)
+
+    monkeypatch.setattr(golden.sharding.layer, "rotated_heads", alone)
+    assert good.wrong_ranks() == {0, 1}
