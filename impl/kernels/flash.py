@@ -11,14 +11,13 @@ claims the same precision whichever of the two runs.
 | probs | no | exponentials enter the product with V in the compute dtype |
 | attn | yes | one division by the row sum at the end, one rounding |
 
-Memory: inputs, output, K and V in the compute dtype, and `SCORES_PER_TILE` scores. Time: tiles that
-static positions prove empty are not computed. The gradient is streamed likewise and keeps nothing
-but inputs, output and a number per row; it is not itself differentiable.
+Memory: inputs, output, and `SCORES_PER_TILE` scores with the keys and values they need. Time: tiles
+that static positions prove empty are not computed. The gradient is streamed likewise and keeps
+nothing but inputs, output and a number per row; it is not itself differentiable.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from impl.errors import ShapeError, explain
@@ -40,12 +39,12 @@ def flash_attention(
     chunk_origin: Tensor | None = None,
     q_offset: int = 0,
     q_stride: int = 1,
-    key_valid: Tensor | None = None,
     mask: Tensor | None = None,
     k_prior: Tensor | None = None,
     v_prior: Tensor | None = None,
-    prior_valid: Tensor | None = None,
+    prior_mask: Tensor | None = None,
     prior_positions: Tensor | None = None,
+    k_prior_transposed: bool = False,
 ) -> Tensor:
     """Attend to cached (prior) keys, if any, and to the keys of this step.
 
@@ -70,13 +69,14 @@ def flash_attention(
             that do not start with a chunk; None is 0.
         q_offset: position of the first query: a context-parallel rank's place in the step.
         q_stride: positions from one query to the next: the ranks of a strided layout.
-        key_valid: `(batch, kv_len)`, bool, True = a token, False = padding; None is all tokens.
-        mask: `(batch or 1, 1, q_len, prior_len + kv_len)`, bool, True = attend; narrows what
-            positions allow.
-        k_prior: cached keys, `(batch, num_key_value_heads, prior_len, head_dim)`; both or neither.
-        v_prior: like `k_prior`.
-        prior_valid: `(batch, prior_len)`, bool: slots that hold a token; None is all of them.
+        mask: `(batch or 1, 1, q_len or 1, kv_len)`, bool, True = attend: narrows what positions
+            allow, to hide padding, say.
+        k_prior: cached keys, `(batch, num_key_value_heads, prior_len, head_dim)`, or with its last
+            two axes exchanged if `k_prior_transposed`; both or neither.
+        v_prior: `(batch, num_key_value_heads, prior_len, head_dim)`.
+        prior_mask: `(batch or 1, 1, q_len or 1, prior_len)`, bool: as `mask`, of the cached keys.
         prior_positions: `(batch, prior_len)`, integer: position of each cached key, so negative.
+        k_prior_transposed: cached keys are stored as columns.
 
     Returns:
         Like `q`, in its dtype. A row that may see no key is zeros.
@@ -87,66 +87,42 @@ def flash_attention(
     _check_heads(q, k, v, sink)
     _check_limits(causal, sliding_window, attention_chunk_size, q_stride)
     batch, heads, q_len, width = q.shape
-    step_len = k.shape[2]
-    prior_len = 0 if k_prior is None else k_prior.shape[2]
-    prior_shape = (batch, k.shape[1], prior_len, width) if prior_len else None
-    for name, tensor, shape in (
-        ("k_prior", k_prior, prior_shape),
-        ("v_prior", v_prior, prior_shape),
-        ("prior_valid", prior_valid, (batch, prior_len)),
-        ("prior_positions", prior_positions, (batch, prior_len)),
-        ("key_valid", key_valid, (batch, step_len)),
-        ("chunk_origin", chunk_origin, (batch,)),
-    ):
-        _check_shape(name, tensor, shape)
-    if mask is not None:
-        lines = batch if mask.shape[0] == batch else 1
-        _check_shape("mask", mask, (lines, 1, q_len, prior_len + step_len))
-    valid = key_valid
-    if prior_valid is not None or (prior_len and key_valid is not None):
-        parts = (prior_valid, prior_len), (key_valid, step_len)
-        valid = torch.cat([_or_all(part, batch, length, q.device) for part, length in parts], dim=1)
-    if k_prior is not None and v_prior is not None:
-        k, v = torch.cat([k_prior, k], dim=2), torch.cat([v_prior, v], dim=2)
-    k, v = _without_unused(k, v, valid, mask)
+    kv_len = k.shape[2]
+    prior_len = 0 if v_prior is None else v_prior.shape[2]
+    _check_prior(k_prior, v_prior, (batch, k.shape[1], prior_len, width), k_prior_transposed)
+    _check_shape("prior_positions", prior_positions, (batch, prior_len))
+    _check_shape("chunk_origin", chunk_origin, (batch,))
+    _check_mask("mask", mask, (batch, 1, q_len, kv_len))
+    _check_mask("prior_mask", prior_mask, (batch, 1, q_len, prior_len))
     plan = TilePlan(
         q_len=q_len,
-        kv_len=prior_len + step_len,
+        kv_len=kv_len,
         prior_len=prior_len,
         q_offset=q_offset,
         q_stride=q_stride,
         causal=causal,
         sliding_window=sliding_window,
         attention_chunk_size=attention_chunk_size,
-        prior_moves=prior_positions is not None and causal,
+        prior_moves=prior_positions is not None,
         chunk_moves=chunk_origin is not None,
         q_tile=min(Q_TILE, max(1, SCORES_PER_TILE // (batch * heads * KV_TILE))),
     )
-    divisor, softcap = rule.divisor, rule.softcap
-    scale = Scale(factor=1.0 / divisor, softcap=softcap)
     out: Tensor = FlashAttention.apply(  # type: ignore[no-untyped-call]
-        q, k, v, sink, valid, mask, prior_positions, chunk_origin, plan, scale
+        q,
+        k,
+        v,
+        k_prior,
+        v_prior,
+        sink,
+        mask,
+        prior_mask,
+        prior_positions,
+        chunk_origin,
+        plan,
+        Scale(factor=1.0 / rule.divisor, softcap=rule.softcap),
+        k_prior_transposed,
     )
     return out
-
-
-def _without_unused(
-    k: Tensor, v: Tensor, valid: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Zero the keys and values no query sees: what they hold, NaN included, must reach no sum."""
-    if mask is not None:
-        seen = mask.any(dim=2)[:, 0]
-        valid = seen if valid is None else valid & seen
-    if valid is None:
-        return k, v
-    unused = ~valid[:, None, :, None]
-    return k.masked_fill(unused, 0.0), v.masked_fill(unused, 0.0)
-
-
-def _or_all(valid: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
-    if valid is None:
-        return torch.ones(batch, length, dtype=torch.bool, device=device)
-    return valid
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> None:
@@ -183,12 +159,30 @@ def _check_limits(
             raise ShapeError(explain(name, "be None unless causal is True", value))
 
 
-def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...] | None) -> None:
-    if tensor is None and shape is None:
+def _check_prior(
+    k_prior: Tensor | None,
+    v_prior: Tensor | None,
+    shape: tuple[int, int, int, int],
+    k_prior_transposed: bool,
+) -> None:
+    if (k_prior is None) != (v_prior is None):
+        raise ShapeError(explain("k_prior and v_prior", "be given together", "one of them"))
+    batch, kv_heads, prior_len, width = shape
+    _check_shape("v_prior", v_prior, shape)
+    if k_prior_transposed:
+        shape = (batch, kv_heads, width, prior_len)
+    _check_shape("k_prior", k_prior, shape)
+
+
+def _check_mask(name: str, mask: Tensor | None, shape: tuple[int, int, int, int]) -> None:
+    if mask is None:
         return
-    if tensor is None:
-        if name.endswith("_prior"):
-            raise ShapeError(explain("k_prior and v_prior", "be given together", "one of them"))
-        return
-    if shape is None or tuple(tensor.shape) != shape:
+    given = tuple(mask.shape)
+    wide = tuple(1 if i in (0, 2) and size == 1 else shape[i] for i, size in enumerate(given))
+    if given != wide or len(given) != 4:
+        raise ShapeError(explain(name, f"have shape {shape}, batch and queries may be 1", given))
+
+
+def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is not None and tuple(tensor.shape) != shape:
         raise ShapeError(explain(name, f"have shape {shape}", tuple(tensor.shape)))

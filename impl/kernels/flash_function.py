@@ -12,7 +12,8 @@ Backward: with `L = m + log l` and `delta = dO . O`, a row's weights are `p = ex
 
     dV = p^T dO,   ds = p (dO V^T - delta),   dsink = - sum exp(sink - L) delta.
 
-So no row of scores is ever kept: memory is that of inputs, outputs and one tile.
+So no row of scores is ever kept: memory is that of inputs, outputs and one tile. Keys and values
+are read from where they are, cached ones and the step's own, and only a tile of them is converted.
 
 Source: Milakov and Gimelshein (2018), arXiv:1805.02867 (online softmax); Dao (2023),
 arXiv:2307.08691 (the backward pass by tiles).
@@ -27,48 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from impl.kernels.flash_plan import TilePlan
+from impl.kernels.flash_plan import Tile, TilePlan
 from impl.precision import compute_dtype
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Hidden:
-    """What data hides, besides what `TilePlan` knows.
-
-    Attributes:
-        key_valid: `(batch, kv_len)`, bool, or None.
-        mask: `(batch or 1, 1, q_len, kv_len)`, bool, or None.
-        prior_positions: `(batch, prior_len)`, integer, or None.
-        chunk_origin: `(batch,)`, integer, or None.
-    """
-
-    key_valid: Tensor | None
-    mask: Tensor | None
-    prior_positions: Tensor | None
-    chunk_origin: Tensor | None
-
-    def hide(
-        self,
-        scores: Tensor,
-        plan: TilePlan,
-        queries: tuple[int, int],
-        keys: tuple[int, int],
-        by_position: bool,
-    ) -> None:
-        """Set to -inf, in place, the scores `(batch, heads, group, queries, keys)` of one tile."""
-        allowed = None
-        if by_position:
-            allowed = plan.mask(
-                queries, keys, self.prior_positions, self.chunk_origin, scores.device
-            )
-        if self.key_valid is not None:
-            valid = self.key_valid[:, None, slice(*keys)]
-            allowed = valid if allowed is None else allowed & valid
-        if self.mask is not None:
-            given = self.mask[:, 0, slice(*queries), slice(*keys)]
-            allowed = given if allowed is None else allowed & given
-        if allowed is not None:
-            scores.masked_fill_(~allowed[:, None, None], -math.inf)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,143 +45,214 @@ class Scale:
         return self.factor if self.softcap is None else self.factor / self.softcap
 
 
-def _tile_scores(
-    rows: Tensor,
-    keys: Tensor,
-    plan: TilePlan,
-    hidden: Hidden,
-    scale: Scale,
-    shape: tuple[int, int, int],
-    tile: tuple[int, int, int, int, bool],
-) -> tuple[Tensor, Tensor | None]:
-    """Scores of a tile `(batch * kv_heads, group * queries, keys)`, and tanh of them if capped."""
-    start, end, first, stop, by_position = tile
-    scores = torch.bmm(rows, keys.transpose(1, 2))
-    tanh = None
-    if scale.softcap is not None:
-        tanh = scores.tanh_()
-        scores = tanh * scale.softcap
-    view = scores.view(*shape, end - start, stop - first)
-    hidden.hide(view, plan, (start, end), (first, stop), by_position)
-    return scores, tanh
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Keys:
+    """Keys and values, cached or of the step, and what data hides of them.
+
+    Attributes:
+        k: `(batch, kv_heads, length, head_dim)`, BHSD, or its last two axes exchanged.
+        v: `(batch, kv_heads, length, head_dim)`, BHSD.
+        mask: `(batch or 1, 1, q_len or 1, length)`, bool, or None.
+        positions: `(batch, length)`, integer, where data says them, or None.
+        transposed: keys are stored as columns.
+    """
+
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    positions: Tensor | None
+    transposed: bool
+
+    def rows(self, which: str, first: int, stop: int, *, clean: bool) -> Tensor:
+        """Some of the keys ("k") or values ("v"), `(batch * kv_heads, stop - first, head_dim)`.
+
+        Args:
+            which: "k" or "v".
+            first: first key.
+            stop: end.
+            clean: zero those that no query sees, whose product with 0 could be NaN.
+        """
+        if which == "k" and self.transposed:
+            part = self.k[:, :, :, first:stop].transpose(2, 3)
+        else:
+            part = (self.k if which == "k" else self.v)[:, :, first:stop]
+        if clean and self.mask is not None:
+            seen = self.mask[:, :, :, first:stop]
+            unseen = ~(seen if seen.shape[2] == 1 else seen.any(dim=2, keepdim=True))
+            part = part.masked_fill(unseen.transpose(2, 3), 0.0)
+        return part.to(compute_dtype(part.dtype)).flatten(0, 1)
 
 
-def _rows(tensor: Tensor, shape: tuple[int, int, int], start: int, end: int) -> Tensor:
-    """Queries `start` to `end` of BHSD, in the compute dtype, a group's stacked along the rows."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """Arguments of one call, apart from the sink and gradients.
+
+    Attributes:
+        q: `(batch, heads, q_len, head_dim)`, BHSD.
+        step: the step's own keys.
+        prior: cached keys, or None.
+        chunk_origin: `(batch,)`, integer, or None.
+        plan: static geometry.
+        scale: of the scores.
+    """
+
+    q: Tensor
+    step: Keys
+    prior: Keys | None
+    chunk_origin: Tensor | None
+    plan: TilePlan
+    scale: Scale
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Batch, KV heads, and query heads of each."""
+        batch, heads = self.q.shape[:2]
+        kv_heads = self.step.k.shape[1]
+        return batch, kv_heads, heads // kv_heads
+
+    def keys_of(self, tile: Tile) -> Keys:
+        """Cached keys or the step's, whichever the tile is of."""
+        if tile.of_prior:
+            assert self.prior is not None
+            return self.prior
+        return self.step
+
+    def tile_rows(self, tensor: Tensor, start: int, end: int) -> Tensor:
+        """Queries `start` to `end` of BHSD, `(batch * kv_heads, group * queries, *)`."""
+        batch, kv_heads, group = self.shape
+        part = tensor[:, :, start:end].to(compute_dtype(tensor.dtype))
+        return part.reshape(batch * kv_heads, group * (end - start), tensor.shape[-1])
+
+    def scores(self, rows: Tensor, keys: Tensor, tile: Tile) -> tuple[Tensor, Tensor | None]:
+        """Masked scores `(batch * kv_heads, group * queries, keys)`, and tanh of them if capped."""
+        scores = torch.bmm(rows, keys.transpose(1, 2))
+        tanh = None
+        if self.scale.softcap is not None:
+            tanh = scores.tanh_()
+            scores = tanh * self.scale.softcap
+        allowed = self._allowed(tile, scores.device)
+        if allowed is not None:
+            view = scores.view(*self.shape, tile.end - tile.start, tile.stop - tile.first)
+            view.masked_fill_(~allowed.unsqueeze(1), -math.inf)
+        return scores, tanh
+
+    def _allowed(self, tile: Tile, device: torch.device) -> Tensor | None:
+        """Mask of a tile, `(batch or 1, 1, queries or 1, keys)`; None if it hides nothing."""
+        keys = self.keys_of(tile)
+        allowed = None
+        if tile.partial:
+            allowed = self.plan.mask(tile, keys.positions, self.chunk_origin, device)
+        if keys.mask is None:
+            return allowed
+        given = keys.mask[:, :, :, tile.first : tile.stop]
+        if given.shape[2] > 1:
+            given = given[:, :, tile.start : tile.end]
+        return given if allowed is None else allowed & given
+
+
+def _sink_rows(sink: Tensor, rows: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """A sink per row of a tile, `(batch * kv_heads, group * queries, 1)`, in its dtype."""
     batch, kv_heads, group = shape
-    tile = tensor[:, :, start:end].to(compute_dtype(tensor.dtype))
-    return tile.reshape(batch * kv_heads, group * (end - start), tensor.shape[-1])
+    length = rows.shape[1] // group
+    logits = sink.to(rows.dtype).view(1, kv_heads, group, 1)
+    return logits.expand(batch, kv_heads, group, length).reshape(*rows.shape[:2], 1)
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    """Keys or values of BHSD as `(batch * kv_heads, kv_len, head_dim)`, in the compute dtype."""
-    return tensor.to(compute_dtype(tensor.dtype)).flatten(0, 1)
-
-
-def _sink_rows(sink: Tensor, shape: tuple[int, int, int], length: int) -> Tensor:
-    """A sink per row of a tile, `(batch * kv_heads, group * length, 1)`, compute dtype."""
-    batch, kv_heads, group = shape
-    logits = sink.to(compute_dtype(sink.dtype)).view(1, kv_heads, group, 1)
-    return logits.expand(batch, kv_heads, group, length).reshape(
-        batch * kv_heads, group * length, 1
-    )
-
-
-def _stream(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sink: Tensor | None,
-    hidden: Hidden,
-    plan: TilePlan,
-    scale: Scale,
-) -> tuple[Tensor, Tensor]:
+def _stream(problem: Problem, sink: Tensor | None) -> tuple[Tensor, Tensor]:
     """Forward.
 
     Returns:
         Output like `q` in the compute dtype, and the logsumexp of each row, sink included,
-        `(batch, num_attention_heads, q_len)`; 0 for a row that sees nothing.
+        `(batch, heads, q_len, 1)`; 0 for a row that sees nothing.
     """
-    batch, heads, _, width = q.shape
-    shape = (batch, k.shape[1], heads // k.shape[1])
-    keys, values = _flat(k), _flat(v)
     outputs, sums = [], []
-    for start, end in plan.q_tiles():
-        length = end - start
-        rows = _rows(q, shape, start, end) * scale.of_queries
+    for start, end in problem.plan.q_tiles():
+        rows = problem.tile_rows(problem.q, start, end) * problem.scale.of_queries
         if sink is not None:
-            largest = _sink_rows(sink.to(rows.dtype), shape, length)
+            largest = _sink_rows(sink, rows, problem.shape)
             total = torch.ones_like(largest)
         else:
             # low enough to vanish beside any score, and finite, so that no difference is NaN
             largest = rows.new_full((*rows.shape[:2], 1), torch.finfo(rows.dtype).min / 2)
             total = torch.zeros_like(largest)
         out = torch.zeros_like(rows)
-        for first, stop, by_position in plan.kv_tiles(start, end):
-            tile = (start, end, first, stop, by_position)
-            scores, _ = _tile_scores(rows, keys[:, first:stop], plan, hidden, scale, shape, tile)
+        for tile in problem.plan.kv_tiles(start, end):
+            keys = problem.keys_of(tile)
+            k_tile = keys.rows("k", tile.first, tile.stop, clean=False)
+            v_tile = keys.rows("v", tile.first, tile.stop, clean=True)
+            scores, _ = problem.scores(rows, k_tile, tile)
             above = torch.maximum(largest, scores.amax(dim=-1, keepdim=True))
             shrink = torch.exp(largest - above)
             weights = scores.sub_(above).exp_()
             total = total * shrink + weights.sum(dim=-1, keepdim=True)
-            out = torch.baddbmm(out.mul_(shrink), weights, values[:, first:stop])
+            out = torch.baddbmm(out.mul_(shrink), weights, v_tile)
             largest = above
         empty = total == 0
         total = total.masked_fill(empty, 1.0)
         logsumexp = (largest + total.log()).masked_fill(empty, 0.0)
-        outputs.append((out / total).view(batch, heads, length, width))
-        sums.append(logsumexp.view(batch, heads, length))
+        heads = problem.q.shape[:2]
+        outputs.append((out / total).view(*heads, end - start, rows.shape[-1]))
+        sums.append(logsumexp.view(*heads, end - start, 1))
     return torch.cat(outputs, dim=2), torch.cat(sums, dim=2)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _KeyGradients:
+    """Gradients of some keys and values while they are summed, in the compute dtype."""
+
+    k: Tensor
+    v: Tensor
+
+    @classmethod
+    def zeros(cls, keys: Keys) -> _KeyGradients:
+        shape, dtype = keys.v.flatten(0, 1).shape, compute_dtype(keys.v.dtype)
+        k, v = (keys.v.new_zeros(shape, dtype=dtype) for _ in range(2))
+        return cls(k=k, v=v)
+
+    def of(self, keys: Keys) -> tuple[Tensor, Tensor]:
+        """Gradients in the layout and dtype of the keys."""
+        k = self.k.view(keys.v.shape)
+        k = k.transpose(2, 3) if keys.transposed else k
+        return k.to(keys.k.dtype), self.v.view(keys.v.shape).to(keys.v.dtype)
+
+
 def _stream_gradients(
-    upstream: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sink: Tensor | None,
-    hidden: Hidden,
-    plan: TilePlan,
-    scale: Scale,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Backward: gradients of q, k, v and the sink, in their dtypes."""
-    batch, heads, _, width = q.shape
-    shape = (batch, k.shape[1], heads // k.shape[1])
-    keys, values = _flat(k), _flat(v)
-    d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
+    problem: Problem, upstream: Tensor, out: Tensor, logsumexp: Tensor
+) -> tuple[Tensor, _KeyGradients, _KeyGradients | None, Tensor]:
+    """Backward.
+
+    Returns:
+        Gradient of q; sums for the step's keys and for the cached ones; and `delta` of each row,
+        `(batch, heads, q_len, 1)`.
+    """
+    scale = problem.scale
+    d_step = _KeyGradients.zeros(problem.step)
+    d_prior = None if problem.prior is None else _KeyGradients.zeros(problem.prior)
     d_queries = []
-    delta = (upstream.to(out.dtype) * out).sum(dim=-1)
-    for start, end in plan.q_tiles():
-        rows = _rows(q, shape, start, end) * scale.of_queries
-        d_out = _rows(upstream, shape, start, end)
-        row_sum = _rows(logsumexp.unsqueeze(-1), shape, start, end)
-        row_delta = _rows(delta.unsqueeze(-1), shape, start, end)
+    delta = (upstream.to(out.dtype) * out).sum(dim=-1, keepdim=True)
+    for start, end in problem.plan.q_tiles():
+        rows = problem.tile_rows(problem.q, start, end) * scale.of_queries
+        d_out, row_sum, row_delta = (
+            problem.tile_rows(tensor, start, end) for tensor in (upstream, logsumexp, delta)
+        )
         d_rows = torch.zeros_like(rows)
-        for first, stop, by_position in plan.kv_tiles(start, end):
-            tile = (start, end, first, stop, by_position)
-            k_tile, v_tile = keys[:, first:stop], values[:, first:stop]
-            scores, tanh = _tile_scores(rows, k_tile, plan, hidden, scale, shape, tile)
+        for tile in problem.plan.kv_tiles(start, end):
+            keys, here = problem.keys_of(tile), slice(tile.first, tile.stop)
+            k_tile, v_tile = (keys.rows(name, tile.first, tile.stop, clean=True) for name in "kv")
+            sums = d_prior if tile.of_prior else d_step
+            assert sums is not None
+            scores, tanh = problem.scores(rows, k_tile, tile)
             weights = scores.sub_(row_sum).exp_()
-            d_values[:, first:stop].baddbmm_(weights.transpose(1, 2), d_out)
+            sums.v[:, here].baddbmm_(weights.transpose(1, 2), d_out)
             d_scores = torch.bmm(d_out, v_tile.transpose(1, 2)).sub_(row_delta).mul_(weights)
             if tanh is not None:
                 assert scale.softcap is not None
                 d_scores = d_scores.mul_(1 - tanh * tanh).mul_(scale.softcap)
             d_rows.baddbmm_(d_scores, k_tile)
-            d_keys[:, first:stop].baddbmm_(d_scores.transpose(1, 2), rows)
-        d_queries.append((d_rows * scale.of_queries).view(batch, heads, end - start, width))
-    d_sink = None
-    if sink is not None:
-        logits = sink.to(out.dtype).view(1, heads, 1)
-        d_sink = -(torch.exp(logits - logsumexp) * delta).sum(dim=(0, 2)).to(sink.dtype)
-    return (
-        torch.cat(d_queries, dim=2).to(q.dtype),
-        d_keys.view(k.shape).to(k.dtype),
-        d_values.view(v.shape).to(v.dtype),
-        d_sink,
-    )
+            sums.k[:, here].baddbmm_(d_scores.transpose(1, 2), rows)
+        d_rows = (d_rows * scale.of_queries).view(*out.shape[:2], end - start, out.shape[-1])
+        d_queries.append(d_rows)
+    return torch.cat(d_queries, dim=2).to(problem.q.dtype), d_step, d_prior, delta
 
 
 class FlashAttention(torch.autograd.Function):
@@ -232,41 +264,63 @@ class FlashAttention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        k_prior: Tensor | None,
+        v_prior: Tensor | None,
         sink: Tensor | None,
-        key_valid: Tensor | None,
         mask: Tensor | None,
+        prior_mask: Tensor | None,
         prior_positions: Tensor | None,
         chunk_origin: Tensor | None,
         plan: TilePlan,
         scale: Scale,
+        k_prior_transposed: bool,
     ) -> Tensor:
-        """Attend; arguments as `_stream`, tensors of `Hidden` one by one."""
-        hidden = Hidden(
-            key_valid=key_valid,
-            mask=mask,
-            prior_positions=prior_positions,
-            chunk_origin=chunk_origin,
-        )
-        out, logsumexp = _stream(q, k, v, sink, hidden, plan, scale)
-        ctx.save_for_backward(
-            q, k, v, sink, key_valid, mask, prior_positions, chunk_origin, out, logsumexp
-        )
-        ctx.plan, ctx.scale = plan, scale
+        """Attend; the tensors of a `Problem` and the sink one by one."""
+        tensors = (q, k, v, k_prior, v_prior, sink, mask, prior_mask, prior_positions, chunk_origin)
+        static = (plan, scale, k_prior_transposed)
+        out, logsumexp = _stream(_problem(tensors, static), sink)
+        ctx.save_for_backward(*tensors, out, logsumexp)
+        ctx.static = static
         return out.to(q.dtype)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the tensors, None for the rest."""
-        q, k, v, sink, key_valid, mask, prior_positions, chunk_origin, out, logsumexp = (
-            ctx.saved_tensors
+        *tensors, out, logsumexp = ctx.saved_tensors
+        problem = _problem(tuple(tensors), ctx.static)
+        d_q, d_step, d_prior, delta = _stream_gradients(problem, upstream, out, logsumexp)
+        d_sink = None
+        sink = tensors[5]
+        if sink is not None:
+            logits = sink.to(out.dtype).view(1, -1, 1, 1)
+            d_sink = -(torch.exp(logits - logsumexp) * delta).sum(dim=(0, 2, 3)).to(sink.dtype)
+        cached: tuple[Tensor | None, Tensor | None] = (None, None)
+        if d_prior is not None and problem.prior is not None:
+            cached = d_prior.of(problem.prior)
+        return (d_q, *d_step.of(problem.step), *cached, d_sink, *(None,) * 7)
+
+
+def _problem(tensors: tuple[Tensor | None, ...], static: tuple[TilePlan, Scale, bool]) -> Problem:
+    """Put the arguments of `FlashAttention` back in their places."""
+    q, k, v, k_prior, v_prior, _, mask, prior_mask, prior_positions, chunk_origin = tensors
+    plan, scale, transposed = static
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    prior = None
+    if k_prior is not None and v_prior is not None:
+        prior = Keys(
+            k=k_prior,
+            v=v_prior,
+            mask=prior_mask,
+            positions=prior_positions,
+            transposed=transposed,
         )
-        hidden = Hidden(
-            key_valid=key_valid,
-            mask=mask,
-            prior_positions=prior_positions,
-            chunk_origin=chunk_origin,
-        )
-        gradients = _stream_gradients(
-            upstream, out, logsumexp, q, k, v, sink, hidden, ctx.plan, ctx.scale
-        )
-        return (*gradients, None, None, None, None, None, None)
+    return Problem(
+        q=q,
+        step=Keys(k=k, v=v, mask=mask, positions=None, transposed=False),
+        prior=prior,
+        chunk_origin=chunk_origin,
+        plan=plan,
+        scale=scale,
+    )

@@ -9,6 +9,7 @@ would otherwise be wrong without a word, and to look before the step would wait 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,14 +111,16 @@ def prefill(
     given = None if attention_mask is None else as_bool(attention_mask, "attention_mask")
     explicit = given is not None and given.dim() == 4
     by_position = rule.limited or (given is not None and not explicit)
-    key_valid = None
+    mask = given if explicit else None
     if by_position:
         valid = keys_at >= 0
         if given is not None and not explicit:
             valid = valid & given
         k, v = _promised(k, v, valid, keys_at, rule.padding_side)
         # padding on the right lies after every token, so causality alone hides it
-        key_valid = None if rule.padding_side == "right" else valid
+        if rule.padding_side != "right":
+            seen = valid[:, None, None, :]
+            mask = seen if mask is None else mask & seen
     if implementation is Implementation.SDPA:
         if not rule.plain(sink=sink is not None, explicit_mask=explicit, prior=prior is not None):
             raise ConfigError(
@@ -132,9 +135,7 @@ def prefill(
             q, k, v, is_causal=by_position, scale=1.0 / rule.score.divisor, enable_gqa=True
         )
     else:
-        heads = _flash(
-            q, k, v, rule, sink, given if explicit else None, key_valid, keys_at, by_position, prior
-        )
+        heads = _flash(q, k, v, rule, sink, mask, keys_at, by_position, prior)
     return heads.masked_fill((position_ids < 0)[:, None, :, None], 0.0) if by_position else heads
 
 
@@ -174,22 +175,19 @@ def _flash(
     rule: PrefillRule,
     sink: Tensor | None,
     mask: Tensor | None,
-    key_valid: Tensor | None,
     keys_at: Tensor,
     by_position: bool,
     prior: PriorKeys | None,
 ) -> Tensor:
     origin = _origin(keys_at, rule.padding_side)
-    cached: dict[str, Tensor] = {}
+    cached: dict[str, Any] = {}
     if prior is not None:
         cached = {
             "k_prior": prior.k,
             "v_prior": prior.v,
-            "prior_valid": prior.positions >= 0,
+            "prior_mask": (prior.positions >= 0)[:, None, None, :],
             "prior_positions": prior.positions - origin[:, None],
         }
-        if mask is not None:
-            mask = torch.nn.functional.pad(mask, (prior.positions.shape[1], 0), value=True)
     window = rule.sliding_window
     if prior is None and window is not None and window >= k.shape[2]:
         window = None
@@ -205,7 +203,6 @@ def _flash(
         chunk_origin=None if rule.attention_chunk_size is None else origin,
         q_offset=rule.q_offset,
         q_stride=rule.q_stride,
-        key_valid=key_valid,
         mask=mask,
         **cached,
     )

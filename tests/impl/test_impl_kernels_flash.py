@@ -161,7 +161,7 @@ def test_cached_keys_wherever_their_slots_are(window: int | None, rotated: int) 
         sliding_window=window,
         k_prior=k_prior,
         v_prior=v_prior,
-        prior_valid=held >= 0,
+        prior_mask=(held >= 0)[:, None, None],
         prior_positions=held - lengths[:, None],
     )
     assert_same(got, expected, (q, k, v, sink, k_prior, v_prior))
@@ -186,10 +186,10 @@ def test_padding_on_either_side_and_rows_that_see_nothing(with_sink: bool) -> No
     mask = by_position(9, 9) & valid[:, None, None]
     expected = native.context_encoding(q, k, v, mask, s, RULE)
     poisoned = [t.detach().masked_fill(~valid[:, None, :, None], float("nan")) for t in (k, v)]
-    got = flash_attention(q, *poisoned, rule=RULE, sink=s, key_valid=valid)
+    got = flash_attention(q, *poisoned, rule=RULE, sink=s, mask=valid[:, None, None])
     assert relative_error(got.detach(), expected.detach()) < ROUNDOFF
     assert torch.equal(got[0, :, :5], torch.zeros_like(got[0, :, :5]))
-    clean = flash_attention(q, k, v, rule=RULE, sink=s, key_valid=valid)
+    clean = flash_attention(q, k, v, rule=RULE, sink=s, mask=valid[:, None, None])
     assert_same(clean, expected, (q, k, v, sink) if with_sink else (q, k, v))
 
 
@@ -291,9 +291,9 @@ def test_a_tile_called_full_hides_nothing() -> None:
         )[0, 0]
         left = mask.clone()
         for start, end in plan.q_tiles():
-            for first, stop, partial in plan.kv_tiles(start, end):
-                left[start:end, first:stop] = False
-                assert partial or mask[start:end, first:stop].all()
+            for tile in plan.kv_tiles(start, end):
+                left[start:end, tile.first : tile.stop] = False
+                assert tile.partial or mask[start:end, tile.first : tile.stop].all()
         assert not left.any()
 
 
@@ -330,10 +330,10 @@ def test_it_is_one_graph_and_runs_on_fake_tensors(dtype: torch.dtype) -> None:
         ({"sliding_window": 2, "causal": False}, "sliding_window must be None unless causal"),
         ({"q_stride": 0}, "q_stride must be at least 1"),
         ({"sink": torch.zeros(3)}, "sink must have shape"),
-        ({"key_valid": torch.ones(2, 8).bool()}, "key_valid must have shape"),
+        ({"mask": torch.ones(2, 7).bool()}, "mask must have shape"),
         ({"mask": torch.ones(2, 1, 7, 8).bool()}, "mask must have shape"),
         ({"k_prior": torch.zeros(2, 2, 3, WIDTH)}, "k_prior and v_prior must be given together"),
-        ({"v_prior": torch.zeros(2, 2, 3, WIDTH)}, "v_prior must have shape None"),
+        ({"v_prior": torch.zeros(2, 2, 3, WIDTH)}, "be given together"),
         ({"prior_positions": torch.zeros(2, 3)}, "prior_positions must have shape"),
         ({"k": torch.zeros(2, 2, WIDTH, 7)}, "k must have shape .*is it BHSD"),
         ({"q": torch.zeros(2, 5, 7, WIDTH)}, "num_attention_heads must be a multiple of"),
