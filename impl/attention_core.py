@@ -11,7 +11,7 @@ from torch import Tensor
 from impl.attention_inputs import AttentionInputs
 from impl.config import InferenceConfig
 from impl.errors import ShapeError, UnsupportedError, explain
-from impl.kernels import PrefillRule, PriorKeys, native, prefill
+from impl.kernels import PrefillRule, PriorKeys, decode, native, prefill
 from impl.kv_cache import KeyValue
 from impl.layer_options import LayerOptions
 from impl.masks import active_token_mask, prior_mask, validity
@@ -31,6 +31,7 @@ from impl.strategy import (
     Implementation,
     KernelChoice,
     get_flash_attention_strategy,
+    resolve_decode_kernel,
     resolve_kernel,
     warn_of_unbound_kernels,
 )
@@ -340,7 +341,7 @@ class AttentionCore(AttentionInputs):
             "attention_chunk_size": self.options.attention_chunk_size,
         }
         among = active_mask if q_len > 1 else None
-        return native.token_generation(
+        return decode(
             q,
             k,
             v,
@@ -350,6 +351,7 @@ class AttentionCore(AttentionInputs):
             active_token_mask(among, position_ids, **limits),
             self.get_learned_sinks(is_prefill_stage=False),
             self.score_rule,
+            implementation=resolve_decode_kernel(v_prior.shape[2], q.device.type),
             k_prior_transposed=self.k_cache_transposed,
         )
 

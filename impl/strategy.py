@@ -20,6 +20,9 @@ logger = logging.getLogger("impl.strategy")
 NATIVE_LENGTHS = 512
 """Shorter prefills are computed at once: a tile or two would hold all their scores anyway."""
 
+NATIVE_SLOTS = 1024
+"""Shorter caches are read at once in decode: a tile or two would hold them anyway."""
+
 SDPA_DEVICES = ("cpu", "cuda")
 """Devices on which PyTorch's `scaled_dot_product_attention` is a fused kernel."""
 
@@ -208,6 +211,22 @@ def resolve_kernel(
     if plain and device_type in SDPA_DEVICES:
         return _choice(strategy, Implementation.SDPA, "PyTorch's fused attention can express it")
     return _choice(strategy, Implementation.FLASH, "the streamed torch form serves every case")
+
+
+def resolve_decode_kernel(cache_len: int, device_type: str = "cpu") -> Implementation:
+    """Say what computes the attention of a decode step.
+
+    Args:
+        cache_len: slots of the cache that the step reads.
+        device_type: where it runs.
+
+    Returns:
+        NATIVE for fewer than `NATIVE_SLOTS` slots, and on neuron, whose compiler tiles the whole
+        itself; else FLASH, which copies nothing as long as the cache.
+    """
+    if cache_len < NATIVE_SLOTS or device_type == "neuron":
+        return Implementation.NATIVE
+    return Implementation.FLASH
 
 
 def _choice(
