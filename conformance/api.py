@@ -6,8 +6,9 @@ from conformance import assert_conforms
 assert_conforms(my_kernel, "core-h256-hq8-hkv2-d32/cte-bf16-b2-q97-gaussian-seed0", profile="flash")
 ```
 
-A kernel is a function of a `CoreCall` that returns the attention output, or of a `LayerCall` that
-returns a `LayerOutput`. `judge_output` judges an output computed before, or elsewhere.
+A kernel is a function of a `CoreCall` that returns the attention output, of a `LayerCall` that
+returns a `LayerOutput`, or of a `ServeCall` that returns a `ServeOutput`. `judge_output` judges an
+output computed before, or elsewhere.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from typing import Any
 
 import torch
 
+from conformance.calls import Call, call_of
 from conformance.case_ids import parse
 from conformance.cases import Case
 from conformance.errors import UsageError
 from conformance.false_alarms import STANDARD, FalseAlarms
-from conformance.runner import call_of, inputs_of, judge_case
-from conformance.subjects.base import CoreCall, LayerCall, LayerOutput, Subject
+from conformance.runner import inputs_of, judge_case
+from conformance.subjects.base import LayerOutput, Subject
+from conformance.subjects.serving import ServeOutput
 from reports.records import CaseRecord, Statistic
 
 Kernel = Callable[[Any], Any]
@@ -55,7 +58,8 @@ def assert_conforms(
     """Raise unless a kernel computes what golden defines, to the precision it claims.
 
     Args:
-        kernel: a function of a `CoreCall` or `LayerCall`, as the case's scope says, or a subject.
+        kernel: a function of a `CoreCall`, `LayerCall` or `ServeCall`, as the case asks for, or a
+            subject.
         case: the case, or its id.
         profile: precision it claims; None takes what its decorator `subject` says, else `eager`.
         alarms: chance of a false alarm, and the number of cases that share it.
@@ -79,7 +83,7 @@ def assert_conforms(
 
 
 def judge_output(
-    observed: torch.Tensor | LayerOutput,
+    observed: torch.Tensor | LayerOutput | ServeOutput,
     case: Case | str,
     *,
     profile: str,
@@ -88,19 +92,24 @@ def judge_output(
     """Judge what was computed before from a case's inputs (`case_inputs`).
 
     Args:
-        observed: the attention output, or a `LayerOutput` for a case of scope `layer`.
+        observed: the attention output; a `LayerOutput` for a case of scope `layer`, a
+            `ServeOutput` for one with a schedule.
         case: the case, or its id.
         profile: precision claimed.
         alarms: chance of a false alarm, and the number of cases that share it.
     """
     case = parse(case) if isinstance(case, str) else case
     subject = Subject(
-        name="output", function=lambda call: observed, scope=case.scope, profile=profile
+        name="output",
+        function=lambda call: observed,
+        scope=case.scope,
+        profile=profile,
+        serves=case.scope == "layer",
     )
     return judge_case(case, subject, alarms=alarms)
 
 
-def case_inputs(case: Case | str) -> CoreCall | LayerCall:
+def case_inputs(case: Case | str) -> Call:
     """Return the tensors a kernel gets in a case, given itself or by id."""
     case = parse(case) if isinstance(case, str) else case
     return call_of(case, inputs_of(case))
@@ -140,7 +149,8 @@ def _line(statistic: Statistic) -> str:
 def _subject(kernel: Kernel | Subject, case: Case, profile: str | None) -> Subject:
     if isinstance(kernel, Subject):
         return kernel if profile is None else replace(kernel, profile=profile)
-    claims = {"scope": case.scope, **getattr(kernel, "__conformance__", {})}
+    claims: dict[str, Any] = {"scope": case.scope, "serves": case.scope == "layer"}
+    claims |= getattr(kernel, "__conformance__", {})
     if profile is not None:
         claims["profile"] = profile
     return Subject(name=_name(kernel), function=kernel, **claims)

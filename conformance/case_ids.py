@@ -2,7 +2,8 @@
 
 An id is `<layer>/<workload>`. The layer is a published one, `gpt-oss-20b.sliding` or
 `smollm2.layer07`, or spelt out, `h256-hq8-hkv2-d32-rope10000-window16`; scope `core` starts with
-`core-`. The workload is `<phase>-<dtype>[-h<hidden>]-b<batch>-<lengths>-<regime>-seed<n>`.
+`core-`. The workload is `<phase>-<dtype>[-h<hidden>]-b<batch>-<lengths>-<regime>-seed<n>`, with
+the cache and the calls of a schedule (`conformance.schedules`) after the lengths.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from typing import cast
 from conformance import presets
 from conformance.cases import Case, Phase, Scope, Workload
 from conformance.errors import UsageError
+from conformance.extras import NO_EXTRAS, Extras
 from conformance.layer_ids import EXPLICIT, parse_layer, render_layer
 from conformance.real_models import REAL_MODELS, real_model_layer
+from conformance.schedule_ids import parse_cache, parse_parts, render_cache, render_parts
+from conformance.schedules import Schedule
 from golden import AttentionConfig
 
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -31,7 +35,7 @@ def render(case: Case) -> str:
         if case.config.hidden_size != published_layer(case.model, case.layer).hidden_size:
             tokens.append(f"h{case.config.hidden_size}")
     else:
-        layer = render_layer(case.config)
+        layer = render_layer(case.config, case.extras)
     if case.scope == "core":
         layer = f"core-{layer}"
     lengths = work.lengths[:1] if len(set(work.lengths)) == 1 else work.lengths
@@ -45,6 +49,8 @@ def render(case: Case) -> str:
         tokens.append(f"prior{work.prior}")
     if work.steps > 1:
         tokens.append(f"steps{work.steps}")
+    if work.schedule is not None:
+        tokens += [render_cache(work.schedule.cache), render_parts(work.schedule.parts, work.batch)]
     return f"{layer}/{'-'.join([*tokens, case.regime, f'seed{case.seed}'])}"
 
 
@@ -63,7 +69,7 @@ def parse(text: str) -> Case:
         found = _WORKLOAD.fullmatch(work)
         if found is None:
             raise UsageError(f"{work!r} must read like 'cte-bf16-b2-q96_57-gaussian-seed0'")
-        model, kind, config = _layer(layer)
+        model, kind, config, extras = _layer(layer)
         if found["hidden"]:
             config = replace(config, hidden_size=int(found["hidden"]))
         case = Case(
@@ -75,6 +81,7 @@ def parse(text: str) -> Case:
             scope=scope,
             model=model,
             layer=kind,
+            extras=extras,
         )
     except (ValueError, OverflowError) as error:
         raise UsageError(f"case {text!r} cannot be rebuilt: {error}") from error
@@ -84,9 +91,10 @@ def parse(text: str) -> Case:
 
 
 _WORKLOAD = re.compile(
-    r"(?P<phase>cte|tkg)-(?P<dtype>fp32|bf16|fp16)(-h(?P<hidden>\d+))?-b(?P<batch>\d+)"
+    r"(?P<phase>cte|tkg|serve)-(?P<dtype>fp32|bf16|fp16)(-h(?P<hidden>\d+))?-b(?P<batch>\d+)"
     r"-(q|kv)(?P<lengths>\d+(_\d+)*)(-start(?P<start>\d+))?(-prior(?P<prior>\d+))?"
-    r"(-steps(?P<steps>\d+))?-(?P<regime>[a-z]+)-seed(?P<seed>\d+)"
+    r"(-steps(?P<steps>\d+))?(-(?P<cache>[a-z]+[0-9a-z_]*)-(?P<parts>[0-9a-z_.]+))?"
+    r"-(?P<regime>[a-z]+)-seed(?P<seed>\d+)"
 )
 
 
@@ -97,12 +105,17 @@ def _workload(found: re.Match[str]) -> Workload:
         lengths *= batch
     if len(lengths) != batch:
         raise UsageError(f"b{batch} must come with one length or {batch}, got {len(lengths)}")
+    schedule = None
+    if found["cache"]:
+        parts = parse_parts(found["parts"], batch)
+        schedule = Schedule(cache=parse_cache(found["cache"]), parts=parts)
     return Workload(
         phase=cast(Phase, found["phase"]),
         lengths=lengths,
         start=int(found["start"] or 0),
         prior=int(found["prior"] or 0),
         steps=int(found["steps"] or 1),
+        schedule=schedule,
     )
 
 
@@ -118,10 +131,10 @@ def published_layer(model: str, kind: str) -> AttentionConfig:
     return presets.layer(model, kind)
 
 
-def _layer(text: str) -> tuple[str, str, AttentionConfig]:
+def _layer(text: str) -> tuple[str, str, AttentionConfig, Extras]:
     if EXPLICIT.match(text):
-        return "", "", parse_layer(text)
+        return "", "", *parse_layer(text)
     model, dot, kind = text.rpartition(".")
     if not dot:
         raise UsageError(f"{text!r} must be '<model>.<layer kind>' or start with 'h<hidden>-hq...'")
-    return model, kind, published_layer(model, kind)
+    return model, kind, published_layer(model, kind), NO_EXTRAS

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from conformance.errors import UsageError
-from golden import AttentionConfig
+from conformance.extras import NO_EXTRAS, Extras
+from conformance.schedule_calls import walk
+from conformance.schedules import Schedule
+from golden import AttentionConfig, Eagle3AttentionConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Dtypes a subject's tensors may have."""
@@ -14,10 +17,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 REGIMES = ("gaussian", "peaked", "outlier", "large", "integers")
 """How inputs are drawn; see `conformance.inputs`."""
 
-Phase = Literal["cte", "tkg"]
+Phase = Literal["cte", "tkg", "serve"]
 Scope = Literal["layer", "core"]
 
-PHASE_NAMES: dict[str, str] = {"cte": "context encoding", "tkg": "token generation"}
+PHASE_NAMES: dict[str, str] = {
+    "cte": "context encoding",
+    "tkg": "token generation",
+    "serve": "serving",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,12 +32,14 @@ class Workload:
     """What the layer is asked to do.
 
     Attributes:
-        phase: `cte`, context encoding (prefill), or `tkg`, token generation (decode).
+        phase: `cte`, context encoding (prefill); `tkg`, token generation (decode); or `serve`, the
+            calls of a schedule.
         lengths: one number per batch row. `cte`: tokens of the prompt; shorter rows are padded on
-            the right. `tkg`: tokens already in the cache.
+            the right. `tkg`: tokens already in the cache; `serve`: those of each cache row.
         start: position of the prompt's first token; `cte` only.
         prior: keys before the prompt that its queries also see; scope `core` with `cte` only.
         steps: tokens generated one after the other; `tkg` only.
+        schedule: the cache and the calls; `serve` only.
     """
 
     phase: Phase
@@ -38,31 +47,40 @@ class Workload:
     start: int = 0
     prior: int = 0
     steps: int = 1
+    schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         if self.phase not in PHASE_NAMES:
-            raise UsageError(f"phase must be 'cte' or 'tkg', got {self.phase!r}")
+            raise UsageError(f"phase must be 'cte', 'tkg' or 'serve', got {self.phase!r}")
         least = 1 if self.phase == "cte" else 0
         if not self.lengths or min(self.lengths) < least:
             raise UsageError(f"lengths must be at least {least}, one per row, got {self.lengths}")
-        if self.phase == "tkg" and (self.start or self.prior):
-            raise UsageError("start and prior belong to context encoding; tkg has lengths instead")
-        if self.phase == "cte" and self.steps != 1:
-            raise UsageError(f"steps belongs to token generation, got {self.steps} with cte")
+        if self.phase != "cte" and (self.start or self.prior):
+            raise UsageError(
+                f"start and prior belong to context encoding; {self.phase} has lengths instead"
+            )
+        if self.phase != "tkg" and self.steps != 1:
+            raise UsageError(
+                f"steps belongs to token generation, got {self.steps} with {self.phase}"
+            )
+        if (self.phase == "serve") != (self.schedule is not None):
+            raise UsageError("a schedule belongs to serve, and serve to a schedule")
         if min(self.start, self.prior) < 0 or self.steps < 1:
             raise UsageError(
                 "start and prior must not be negative and steps must be positive, got "
                 f"{self.start}, {self.prior} and {self.steps}"
             )
+        if self.schedule is not None:
+            walk(self.schedule, self.lengths)
 
     @property
     def batch(self) -> int:
-        """Rows of the batch."""
+        """Rows of the batch; of the cache, for a schedule."""
         return len(self.lengths)
 
     @property
     def q_len(self) -> int:
-        """Queries per row, padding included."""
+        """Queries per row, padding included; a schedule's calls have their own."""
         return max(self.lengths) if self.phase == "cte" else self.steps
 
 
@@ -79,6 +97,7 @@ class Case:
         scope: `layer` from hidden states to output, `core` from q, k, v to attention output.
         model: published model the layer comes from, empty for a synthetic layer.
         layer: kind of layer in the model (`sliding`) or its index (`layer07`).
+        extras: what comes with the layer beyond its configuration.
     """
 
     config: AttentionConfig
@@ -89,6 +108,7 @@ class Case:
     scope: Scope = "layer"
     model: str = ""
     layer: str = ""
+    extras: Extras = NO_EXTRAS
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -103,6 +123,23 @@ class Case:
             raise UsageError("prior needs scope 'core'; a layer makes its own keys")
         if self.workload.prior and self.workload.start:
             raise UsageError("start and prior exclude each other; prior keys come first")
+        if self.extras != NO_EXTRAS and (self.model or self.scope == "core"):
+            raise UsageError("extras need a synthetic layer of scope 'layer'")
+        if self.workload.schedule is not None:
+            self._check_schedule(self.workload.schedule)
+
+    def _check_schedule(self, schedule: Schedule) -> None:
+        if self.scope == "core":
+            raise UsageError("a schedule needs scope 'layer'; a kernel has no cache")
+        schedule.check_layer(self.config)
+        several = self.config.rope is not None and self.config.rope.mrope_section
+        if any(part.kind == "packed" for part in schedule.parts) and (
+            several or self.extras.adapters
+        ):
+            raise UsageError(
+                "packed sequences share a row, so they can have no adapters per row and no "
+                "positions of several axes"
+            )
 
     @property
     def id(self) -> str:
@@ -113,9 +150,11 @@ class Case:
 
     @property
     def suite(self) -> str:
-        """Suite the case belongs to: `core`, `model`, `presets` or `features`."""
+        """Suite the case belongs to: `core`, `serving`, `model`, `presets` or `features`."""
         if self.scope == "core":
             return "core"
+        if self.workload.schedule is not None:
+            return "serving"
         if self.regime == "prompt":
             return "model"
         return "presets" if self.model else "features"
@@ -139,7 +178,10 @@ class Case:
             found.append("softmax scale")
         if self.scope == "layer":
             found += self._projection_features()
-        if len(set(self.workload.lengths)) > 1:
+            found += self.extras.features
+        if self.workload.schedule is not None:
+            found += self.workload.schedule.features(self.workload.lengths)
+        elif len(set(self.workload.lengths)) > 1:
             found.append("unequal lengths")
         if self.workload.prior:
             found.append("q_len != kv_len")
@@ -149,6 +191,8 @@ class Case:
 
     def _projection_features(self) -> list[str]:
         config, found = self.config, []
+        if isinstance(config, Eagle3AttentionConfig):
+            found.append("EAGLE-3 width")
         if config.qkv_bias:
             found.append("QKV bias")
         if config.o_bias:
@@ -167,6 +211,8 @@ class Case:
             if config.rope.scaling is not None:
                 name = type(config.rope.scaling).__name__.removesuffix("Scaling")
                 found.append(f"RoPE {name}")
+            if config.rope.mrope_section:
+                found.append("M-RoPE interleaved" if config.rope.mrope_interleaved else "M-RoPE")
         if config.temperature_tuning is not None:
             found.append("temperature tuning")
         return found

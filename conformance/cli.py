@@ -16,11 +16,11 @@ from rich.table import Table
 
 from conformance.errors import UsageError
 from conformance.false_alarms import DEFAULT_RATE
-from conformance.matrix import TIERS
 from conformance.precision import PROFILES
 from conformance.presets import PRESETS
 from conformance.selection import SUITES, select_cases
 from conformance.subjects import BUILT_IN, load_subject
+from conformance.tiers import TIERS
 from reports.records import RecordError, Results, read_results
 
 _console = Console()

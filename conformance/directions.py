@@ -19,6 +19,7 @@ from conformance.cases import Case
 from conformance.expected import Inputs, Reference
 from conformance.inputs import CoreInputs
 from conformance.score_tests import Direction
+from conformance.serve_inputs import ServeInputs
 from golden import FORMATS, Accumulation, Array, AttentionConfig, QKNorm, RopeConfig
 
 _STEP = 2.0**-20
@@ -57,7 +58,9 @@ def directions(case: Case, inputs: Inputs, expected: Reference) -> Iterator[Dire
         if config.rope is not None:
             rope = replace(config.rope, theta=config.rope.theta * grown)
             yield from relative("RoPE theta", replace(config, rope=rope))
-            yield from moved("position offset", "position", 1.0, 0.0, observe=_Shift(config.rope))
+            if not _stores_codes(inputs):  # a code has no derivative
+                shift = _Shift(config.rope)
+                yield from moved("position offset", "position", 1.0, 0.0, observe=shift)
         if config.qk_norm is not None and config.qk_norm.eps > 0:
             yield from relative("norm epsilon", _with_eps(config, config.qk_norm, grown))
         for name, array in _biases(inputs).items():
@@ -79,6 +82,10 @@ def _tells(slope: Array, values: Array) -> bool:
     return bool(largest > _ROUNDOFF * np.abs(values).max(initial=0.0))
 
 
+def _stores_codes(inputs: Inputs) -> bool:
+    return isinstance(inputs, ServeInputs) and inputs.quantisation is not None
+
+
 def _with_eps(config: AttentionConfig, norm: QKNorm, factor: float) -> AttentionConfig:
     return replace(config, qk_norm=replace(norm, eps=norm.eps * factor))
 
@@ -89,15 +96,32 @@ def _biases(inputs: Inputs) -> Mapping[str, Array]:
     return {name: array for name, array in found.items() if array is not None}
 
 
+def _served_sinks(case: Case, inputs: ServeInputs, expected: Reference) -> Iterator[Direction]:
+    """Yield one direction per head and output, each head's sink moved on its own."""
+    heads, sinks = case.config.num_attention_heads, inputs.weights.sinks
+    assert sinks is not None
+    for head in range(heads):
+        step = np.where(np.arange(heads) == head, _STEP, 0.0)
+        changed = expected.evaluate(weights={"sinks": sinks + step})
+        for output, values in expected.outputs.items():
+            slope = (changed[output] - values) / _STEP
+            if _tells(slope, values):
+                yield Direction(f"sink of head {head}", "logit", output, slope)
+
+
 def _sinks(case: Case, inputs: Inputs, expected: Reference) -> Iterator[Direction]:
-    """Yield one direction per head from a single evaluation that moves all sinks.
+    """Yield one direction per head, unless served from one evaluation that moves all.
 
     A sink moves its own head alone. In scope `core` that is a slice of the output; in scope
     `layer` the heads' changes go through the output projection, which is linear.
     """
-    heads, exact = case.config.num_attention_heads, expected.outputs["output"]
+    heads = case.config.num_attention_heads
+    if isinstance(inputs, ServeInputs):
+        yield from _served_sinks(case, inputs, expected)
+        return
     if isinstance(inputs, CoreInputs):
         assert inputs.sinks is not None
+        exact = expected.outputs["output"]
         changed = expected.evaluate(weights={"sinks": inputs.sinks + _STEP})["output"]
         slope = (changed - exact) / _STEP
         for head in range(heads):

@@ -10,6 +10,8 @@ No rounding excuses these, so their limit is 0 and they add nothing to the false
 * `other strides`: inputs that are views into wider or transposed storage. A kernel may take another
   path for them; then its result must conform like the first, bit for bit or not.
 
+A schedule has changes of its own (`conformance.serve_rules`).
+
 A subject names the rules it disclaims. Whether every element is written cannot be told from a
 tensor that the subject itself returns: what it leaves unwritten shows as a deviation.
 """
@@ -25,14 +27,16 @@ import torch
 from numpy.typing import NDArray
 
 import golden
+from conformance.calls import Call
 from conformance.cases import Case
 from conformance.error_model import Outputs, RowMask
 from conformance.expected import Inputs
 from conformance.inputs import CoreInputs, LayerInputs
-from conformance.subjects.base import CoreCall, LayerCall
+from conformance.serve_inputs import ServeInputs
+from conformance.serve_rules import serve_changes
+from conformance.subjects.serving import ServeCall
 from reports.records import Statistic
 
-Call: TypeAlias = CoreCall | LayerCall
 Rows: TypeAlias = Mapping[str, RowMask]
 
 _HUGE = {"float16": 2.0**12, "bfloat16": 2.0**60, "float32": 2.0**60}
@@ -110,6 +114,9 @@ def _changes(case: Case, inputs: Inputs, rows: Rows) -> Iterator[tuple[str, Inpu
     """Yield each rule with the inputs to give and the rows that must not change."""
     yield "repeated run", inputs, rows
     yield "other strides", inputs, rows
+    if isinstance(inputs, ServeInputs):
+        yield from serve_changes(case, inputs, rows, _HUGE[case.dtype])
+        return
     masked, unseeing = _masked(case, inputs, rows)
     if masked.any():
         for rule, value in (("masked values", _HUGE[case.dtype]), ("masked NaN", np.nan)):
@@ -125,7 +132,9 @@ def _only_first(counted: RowMask) -> RowMask:
     return kept
 
 
-def _masked(case: Case, inputs: Inputs, rows: Rows) -> tuple[NDArray[np.bool_], Rows]:
+def _masked(
+    case: Case, inputs: LayerInputs | CoreInputs, rows: Rows
+) -> tuple[NDArray[np.bool_], Rows]:
     """Pick keys to poison, `(batch, kv_len)`, and the rows that see none of them.
 
     In prefill they are the keys that the middle query does not see, in decode those that no query
@@ -160,7 +169,7 @@ def _slots(inputs: LayerInputs) -> NDArray[np.int64]:
     return np.where(slots <= inputs.position_ids[:, -1:], slots, -1)
 
 
-def _poisoned(inputs: Inputs, masked: NDArray[np.bool_], value: float) -> Inputs:
+def _poisoned(inputs: LayerInputs | CoreInputs, masked: NDArray[np.bool_], value: float) -> Inputs:
     if isinstance(inputs, LayerInputs) and inputs.k_cache is None:
         hidden = np.where(masked[..., None], value, inputs.hidden_states)
         return replace(inputs, hidden_states=hidden)
@@ -171,7 +180,7 @@ def _poisoned(inputs: Inputs, masked: NDArray[np.bool_], value: float) -> Inputs
     return replace(inputs, **changed)
 
 
-def _other_mates(inputs: Inputs) -> Inputs:
+def _other_mates(inputs: LayerInputs | CoreInputs) -> Inputs:
     """Turn the sign of everything that rows after the first hold."""
     names = ("q", "v") if isinstance(inputs, CoreInputs) else ("hidden_states", "v_cache")
     changed: dict[str, Any] = {}
@@ -184,8 +193,12 @@ def _other_mates(inputs: Inputs) -> Inputs:
 
 def _restrided(call: Call) -> Call:
     """Return the call with activations and caches as views: BSHD storage, or wider rows."""
-    names = ("q", "k", "v", "hidden_states", "k_cache", "v_cache")
+    names = ("q", "k", "v", "hidden_states", "k_cache", "v_cache", "k_prior", "v_prior")
     changed: dict[str, Any] = {}
+    if isinstance(call, ServeCall):
+        changed["steps"] = tuple(
+            replace(step, hidden_states=_view(step.hidden_states)) for step in call.steps
+        )
     for name in names:
         tensor = getattr(call, name, None)
         if isinstance(tensor, torch.Tensor):

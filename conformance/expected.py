@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -13,9 +13,18 @@ import golden
 from conformance.cases import Case
 from conformance.error_model import Evaluate, Outputs, RowMask
 from conformance.inputs import CoreInputs, LayerInputs
-from golden import Array, AttentionConfig, LayerResult, Observer, unobserved
+from conformance.serve_expected import INPUT_NORM_EPS, ServeGolden, serve_rows
+from conformance.serve_inputs import ServeInputs
+from golden import (
+    Array,
+    AttentionConfig,
+    AttentionWeights,
+    LayerResult,
+    Observer,
+    unobserved,
+)
 
-Inputs: TypeAlias = LayerInputs | CoreInputs
+Inputs: TypeAlias = LayerInputs | CoreInputs | ServeInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +34,9 @@ class Reference:
     Attributes:
         outputs: exact values by name. Scope `layer`: `output` `(batch, q_len, hidden_size)`,
             `k_cache` and `v_cache`, the entries written by this call
-            `(batch, num_key_value_heads, q_len, head_dim)`. Scope `core`: `output`
-            `(batch, num_attention_heads, q_len, head_dim)`.
+            `(batch, num_key_value_heads, q_len, head_dim)`; a schedule has an output for each of
+            its parts, `1.prompt`, `2.decode`, and the whole cache by position. Scope `core`:
+            `output` `(batch, num_attention_heads, q_len, head_dim)`.
         rows: per output, which rows (all axes but the last) hold something: not padding.
         evaluate: runs the golden again: with an observer (`observe=`), with another configuration
             of the same shapes (`config=`), or with some arrays replaced by name (`weights=`;
@@ -41,6 +51,9 @@ class Reference:
 
 def reference(case: Case, inputs: Inputs) -> Reference:
     """Evaluate the golden on a case's inputs."""
+    if isinstance(inputs, ServeInputs):
+        served = ServeGolden(case, inputs)
+        return Reference(served.exact, serve_rows(case, inputs), served.evaluate)
     if isinstance(inputs, CoreInputs):
         evaluate: Evaluate = _core(case, inputs)
         used = inputs.q_positions >= 0
@@ -82,13 +95,28 @@ def _core(case: Case, inputs: CoreInputs) -> Callable[..., Outputs]:
 
 
 def _layer(case: Case, inputs: LayerInputs) -> Callable[..., Outputs]:
-    positions = inputs.position_ids
-    projected = golden.project_qkv(case.config, inputs.weights, inputs.hidden_states)
-    cache = None
+    positions, lora = inputs.position_ids, inputs.lora
+    cache, one_call = None, True
     if inputs.k_cache is not None:
         cache = golden.filled_cache(
             case.config, inputs.k_cache, inputs.v_cache, inputs.cache_lengths
         )
+        one_call = not _scaled_by_length(case.config)
+
+    def project(observe: Observer) -> golden.Projected:
+        hidden = inputs.hidden_states
+        if inputs.input_norm is not None:
+            hidden = golden.add_and_normalise(
+                hidden,
+                weight=inputs.input_norm,
+                eps=INPUT_NORM_EPS,
+                residual=inputs.residual,
+                observe=observe,
+            ).hidden_states
+        return golden.project_qkv(case.config, inputs.weights, hidden, lora=lora, observe=observe)
+
+    # nothing is observed before the products of a bare layer, so they are the same in every run
+    known = project(unobserved) if lora is None and inputs.input_norm is None else None
 
     def evaluate(
         *,
@@ -98,20 +126,20 @@ def _layer(case: Case, inputs: LayerInputs) -> Callable[..., Outputs]:
     ) -> Outputs:
         result: LayerResult
         arrays = replace(inputs.weights, **weights)
+        projected = project(observe) if known is None else known
+        rest: dict[str, Any] = {
+            "position_ids": positions,
+            "observe": observe,
+            "rotary_position_ids": inputs.rotary_position_ids,
+            "lora": lora,
+        }
         if cache is None:
             # keys are compared by token, so a prompt far from position 0 needs no long cache
-            result = golden.encode_projected(
-                config, arrays, projected, position_ids=positions, observe=observe
-            )
+            result = golden.encode_projected(config, arrays, projected, **rest)
+        elif one_call:
+            result = golden.generate_projected(config, arrays, projected, cache=cache, **rest)
         else:
-            result = golden.generate_projected(
-                config,
-                arrays,
-                projected,
-                position_ids=positions,
-                cache=cache,
-                observe=observe,
-            )
+            result = _step_by_step(config, arrays, inputs, cache, observe)
         return {
             "output": result.output,
             "k_cache": written(result.cache.k, positions),
@@ -119,6 +147,40 @@ def _layer(case: Case, inputs: LayerInputs) -> Callable[..., Outputs]:
         }
 
     return evaluate
+
+
+def _scaled_by_length(config: AttentionConfig) -> bool:
+    """Tell whether a token's RoPE depends on how far the call it came with reaches."""
+    scaling = None if config.rope is None else config.rope.scaling
+    if isinstance(scaling, (golden.DynamicNTKScaling, golden.LongRopeScaling)):
+        return not scaling.seq_len
+    return False
+
+
+def _step_by_step(
+    config: AttentionConfig,
+    weights: AttentionWeights,
+    inputs: LayerInputs,
+    cache: golden.ContiguousCache,
+    observe: Observer,
+) -> LayerResult:
+    """Generate token by token, a call each."""
+    outputs = []
+    for step in range(inputs.position_ids.shape[1]):
+        now, rotary = slice(step, step + 1), inputs.rotary_position_ids
+        result = golden.token_generation(
+            config,
+            weights,
+            inputs.hidden_states[:, now],
+            position_ids=inputs.position_ids[:, now],
+            cache=cache,
+            observe=observe,
+            rotary_position_ids=None if rotary is None else rotary[..., now],
+            lora=inputs.lora,
+        )
+        cache = result.cache
+        outputs.append(result.output)
+    return LayerResult(np.concatenate(outputs, axis=1), cache)
 
 
 def written(cache: Array, positions: golden.Positions) -> Array:

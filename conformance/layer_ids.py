@@ -9,47 +9,22 @@ from __future__ import annotations
 import re
 
 from conformance.errors import UsageError
-from golden import (
-    AttentionConfig,
-    LinearScaling,
-    Llama3Scaling,
-    QKNorm,
-    RopeConfig,
-    TemperatureTuning,
-    YarnScaling,
-)
+from conformance.extras import NO_EXTRAS, Extras
+from conformance.id_numbers import joined, number, parsed, whole
+from conformance.rope_ids import ROPE_TOKENS, parse_rope, rope_tokens
+from golden import AttentionConfig, Eagle3AttentionConfig, QKNorm, TemperatureTuning
 
 EXPLICIT = re.compile(r"h\d+-hq\d+-hkv\d+-d\d+")
 """How every spelt-out layer starts."""
 
 
-def _number(value: float) -> str:
-    """Write a number without the `-` that separates tokens."""
-    text = str(value) if isinstance(value, int) else repr(value).removesuffix(".0")
-    return text.replace("e-", "em").replace("e+", "e").replace("-", "m")
-
-
-def _parsed(text: str) -> float:
-    return float(text.replace("em", "e-").replace("m", "-"))
-
-
-def _whole(name: str, text: str) -> int:
-    if not text.isdigit():
-        raise UsageError(f"token {name!r} must be followed by a whole number, got {text!r}")
-    return int(text)
-
-
-def _join(*parts: float | int | str) -> str:
-    return "_".join(part if isinstance(part, str) else _number(part) for part in parts)
-
-
-def render_layer(config: AttentionConfig) -> str:
+def render_layer(config: AttentionConfig, extras: Extras = NO_EXTRAS) -> str:
     """Return the layer's tokens, joined by `-`.
 
     Raises:
         UsageError: the layer has something that no token carries.
     """
-    if type(config) is not AttentionConfig:
+    if type(config) not in (AttentionConfig, Eagle3AttentionConfig):
         raise UsageError(f"no token of a case's id carries {type(config).__name__}")
     tokens = [
         f"h{config.hidden_size}",
@@ -62,6 +37,9 @@ def render_layer(config: AttentionConfig) -> str:
         "obias": config.o_bias,
         "fused": config.fused_qkv,
         "sinks": config.learned_sinks_size is not None,
+        "eagle3": isinstance(config, Eagle3AttentionConfig),
+        "innorm": extras.input_norm,
+        "residual": extras.residual,
     }
     tokens += [name for name, on in flags.items() if on]
     numbers = {
@@ -71,12 +49,12 @@ def render_layer(config: AttentionConfig) -> str:
         "cap": config.softcap,
         "scale": None if config.softmax_scale == config.head_dim**-0.5 else config.softmax_scale,
     }
-    tokens += [f"{name}{_number(value)}" for name, value in numbers.items() if value is not None]
+    tokens += [f"{name}{number(value)}" for name, value in numbers.items() if value is not None]
     norm, tuning = config.qk_norm, config.temperature_tuning
     if norm is not None:
         weighted = "w" if norm.weighted else "plain"
         tokens.append(
-            _join(
+            joined(
                 "norm",
                 norm.kind,
                 norm.placement.removesuffix("_rope"),
@@ -87,39 +65,16 @@ def render_layer(config: AttentionConfig) -> str:
             )
         )
     if tuning is not None:
-        tokens.append(_join("temp", tuning.floor_scale, tuning.attn_scale))
+        tokens.append(joined("temp", tuning.floor_scale, tuning.attn_scale))
     if config.rope is not None:
-        tokens += _rope_tokens(config.rope)
+        tokens += rope_tokens(config.rope)
+    if extras.adapters:
+        tokens.append(f"lora{extras.adapters}_{extras.rank}")
     return "-".join(tokens)
 
 
-def _rope_tokens(rope: RopeConfig) -> list[str]:
-    if rope.mrope_section:
-        raise UsageError("no token of a case's id carries positions of several axes (M-RoPE)")
-    tokens = [("rope" if rope.pairing == "half" else "polar") + _number(rope.theta)]
-    if rope.rotary_dim:
-        tokens.append(f"rot{rope.rotary_dim}")
-    scaling = rope.scaling
-    if isinstance(scaling, LinearScaling):
-        tokens.append(_join("linear", scaling.factor))
-    elif isinstance(scaling, Llama3Scaling):
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        context = scaling.original_max_position_embeddings
-        tokens.append(_join("llama3", scaling.factor, low, high, context))
-    elif isinstance(scaling, YarnScaling):
-        ends = "round" if scaling.truncate else "exact"
-        context = scaling.original_max_position_embeddings
-        fast, slow = scaling.beta_fast, scaling.beta_slow
-        tokens.append(
-            _join("yarn", scaling.factor, context, fast, slow, ends, scaling.attention_factor)
-        )
-    elif scaling is not None:
-        raise UsageError(f"no token of a case's id carries {type(scaling).__name__}")
-    return tokens
-
-
-def parse_layer(text: str) -> AttentionConfig:
-    """Rebuild a configuration from its tokens.
+def parse_layer(text: str) -> tuple[AttentionConfig, Extras]:
+    """Rebuild a configuration, and what comes with it, from its tokens.
 
     Raises:
         UsageError: a token is unknown or stands twice.
@@ -127,44 +82,54 @@ def parse_layer(text: str) -> AttentionConfig:
     """
     tokens: dict[str, str] = {}
     for token in text.split("-"):
-        name = re.match(r"llama3(?=_)|[a-z]+", token)
+        name = re.match(r"llama3(?=_)|eagle3$|[a-z]+", token)
         if name is None or name[0] not in _TOKENS or name[0] in tokens:
             raise UsageError(f"token {token!r} is not one of a layer's; known: {sorted(_TOKENS)}")
         tokens[name[0]] = token[name.end() :].lstrip("_")
-    number = {name: _parsed(value) for name, value in tokens.items() if name in _NUMBERS}
-    whole = {name: _whole(name, tokens[name]) for name in tokens.keys() & _COUNTS}
+    figures = {name: parsed(tokens[name]) for name in tokens.keys() & _FIGURES}
+    counts = {name: whole(name, tokens[name]) for name in tokens.keys() & _COUNTS}
     norm = None
     if "norm" in tokens:
         norm = _norm(tokens["norm"])
     tuning = None
     if "temp" in tokens:
-        floor_scale, attn_scale = map(_parsed, tokens["temp"].split("_"))
+        floor_scale, attn_scale = map(parsed, tokens["temp"].split("_"))
         tuning = TemperatureTuning(floor_scale=floor_scale, attn_scale=attn_scale)
-    return AttentionConfig(
-        hidden_size=whole["h"],
-        num_attention_heads=whole["hq"],
-        num_key_value_heads=whole["hkv"],
-        head_dim=whole["d"],
+    kind = Eagle3AttentionConfig if "eagle3" in tokens else AttentionConfig
+    config = kind(
+        hidden_size=counts["h"],
+        num_attention_heads=counts["hq"],
+        num_key_value_heads=counts["hkv"],
+        head_dim=counts["d"],
         qkv_bias="qkvbias" in tokens,
         o_bias="obias" in tokens,
         fused_qkv="fused" in tokens,
-        clip_qkv=number.get("clip"),
+        clip_qkv=figures.get("clip"),
         qk_norm=norm,
-        rope=_rope(tokens, number, whole),
-        softmax_scale=number.get("scale", 0.0),
-        softcap=number.get("cap"),
-        sliding_window=whole.get("window"),
-        attention_chunk_size=whole.get("chunk"),
+        rope=parse_rope(tokens),
+        softmax_scale=figures.get("scale", 0.0),
+        softcap=figures.get("cap"),
+        sliding_window=counts.get("window"),
+        attention_chunk_size=counts.get("chunk"),
         learned_sinks_size=1 if "sinks" in tokens else None,
         temperature_tuning=tuning,
     )
+    adapters, rank = (
+        (whole("lora", part) for part in tokens["lora"].split("_")) if "lora" in tokens else (0, 0)
+    )
+    extras = Extras(
+        adapters=adapters,
+        rank=rank,
+        input_norm="innorm" in tokens,
+        residual="residual" in tokens,
+    )
+    return config, extras
 
 
-_COUNTS = frozenset(("h", "hq", "hkv", "d", "window", "chunk", "rot"))
-_NUMBERS = _COUNTS | frozenset(("clip", "cap", "scale", "rope", "polar"))
-_TOKENS = _NUMBERS | frozenset(
-    ("qkvbias", "obias", "fused", "sinks", "norm", "temp", "linear", "llama3", "yarn")
-)
+_COUNTS = frozenset(("h", "hq", "hkv", "d", "window", "chunk"))
+_FIGURES = frozenset(("clip", "cap", "scale"))
+_FLAGS = frozenset(("qkvbias", "obias", "fused", "sinks", "eagle3", "innorm", "residual"))
+_TOKENS = _COUNTS | _FIGURES | _FLAGS | ROPE_TOKENS | {"norm", "temp", "lora"}
 
 
 def _norm(text: str) -> QKNorm:
@@ -174,40 +139,6 @@ def _norm(text: str) -> QKNorm:
         placement=f"{placement}_rope",  # type: ignore[arg-type]
         scope=scope,  # type: ignore[arg-type]
         weighted=weighted == "w",
-        eps=_parsed(eps),
-        weight_offset=_parsed(offset),
-    )
-
-
-def _rope(
-    tokens: dict[str, str], number: dict[str, float], whole: dict[str, int]
-) -> RopeConfig | None:
-    if "rope" not in tokens and "polar" not in tokens:
-        return None
-    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
-    if "linear" in tokens:
-        scaling = LinearScaling(factor=_parsed(tokens["linear"]))
-    elif "llama3" in tokens:
-        factor, low, high, context = map(_parsed, tokens["llama3"].split("_"))
-        scaling = Llama3Scaling(
-            factor=factor,
-            low_freq_factor=low,
-            high_freq_factor=high,
-            original_max_position_embeddings=int(context),
-        )
-    elif "yarn" in tokens:
-        first, context_text, fast, slow, ends, attention = tokens["yarn"].split("_")
-        scaling = YarnScaling(
-            factor=_parsed(first),
-            original_max_position_embeddings=int(context_text),
-            beta_fast=_parsed(fast),
-            beta_slow=_parsed(slow),
-            truncate=ends == "round",
-            attention_factor=_parsed(attention),
-        )
-    return RopeConfig(
-        theta=number.get("rope", number.get("polar", 0.0)),
-        pairing="half" if "rope" in tokens else "interleaved",
-        rotary_dim=whole.get("rot", 0),
-        scaling=scaling,
+        eps=parsed(eps),
+        weight_offset=parsed(offset),
     )

@@ -14,18 +14,24 @@ from typing import Any
 from conformance import presets
 from conformance.cases import DTYPES, REGIMES, Case, Workload
 from conformance.errors import UsageError
+from conformance.extras import NO_EXTRAS, Extras
+from conformance.serve_matrix import serving_cases
+from conformance.tiers import checked_tier
 from golden import (
     AttentionConfig,
+    DynamicNTKScaling,
+    Eagle3AttentionConfig,
     LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
+    ProportionalScaling,
     QKNorm,
     RopeConfig,
     TemperatureTuning,
     YarnScaling,
+    deepseek_yarn_scaling,
+    yarn_mscale,
 )
-
-TIERS = ("smoke", "standard", "full")
-"""From a minute to an hour on two cores."""
 
 _REGIMES = {"smoke": REGIMES[:1], "standard": REGIMES, "full": REGIMES}
 _SEEDS = {"smoke": 1, "standard": 1, "full": 3}
@@ -36,6 +42,16 @@ _LLAMA3 = Llama3Scaling(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
 )
 _YARN = YarnScaling(factor=32.0, original_max_position_embeddings=4096, truncate=False)
+_DEEPSEEK = deepseek_yarn_scaling(
+    factor=40.0, original_max_position_embeddings=64, mscale=1.0, mscale_all_dim=0.707
+)
+_DYNAMIC = DynamicNTKScaling(factor=4.0, original_max_position_embeddings=64)
+_LONGROPE = LongRopeScaling(
+    short_factor=tuple(1.0 + pair / 16 for pair in range(16)),
+    long_factor=tuple(1.0 + pair for pair in range(16)),
+    factor=4.0,
+    original_max_position_embeddings=64,
+)
 _PROMPT = Workload(phase="cte", lengths=(97, 97))
 _DECODE = Workload(phase="tkg", lengths=(80, 80), steps=3)
 _FAR = 16400
@@ -80,12 +96,36 @@ _LAYER_VARIANTS: tuple[dict[str, Any], ...] = (
     {"qk_norm": QKNorm(weight_offset=1.0), "rope": _ROPE},
     {"qk_norm": QKNorm(scope="projection", weighted=False)},
     {"temperature_tuning": TemperatureTuning(floor_scale=16.0, attn_scale=0.5)},
+    {
+        "rope": RopeConfig(
+            scaling=DynamicNTKScaling(factor=4.0, original_max_position_embeddings=64)
+        )
+    },
+    {"rope": RopeConfig(scaling=_LONGROPE)},
+    {"rope": RopeConfig(scaling=ProportionalScaling(proportion=0.5))},
+    {
+        "rope": RopeConfig(pairing="interleaved", scaling=_DEEPSEEK),
+        "softmax_scale": 32**-0.5 * yarn_mscale(40.0, 0.707) ** 2,
+    },
+    {"rope": RopeConfig(mrope_section=(4, 6, 6))},
+    {"rope": RopeConfig(mrope_section=(6, 5, 5), mrope_interleaved=True)},
+)
+
+_EXTRAS = (
+    Extras(adapters=2, rank=4),
+    Extras(input_norm=True),
+    Extras(input_norm=True, residual=True),
 )
 
 
 def feature_cases(tier: str) -> list[Case]:
     """Return the layers that change one thing at a time, prefill and decode."""
     layers = [replace(_PLAIN, **_whole(variant)) for variant in _LAYER_VARIANTS]
+    layers.append(
+        Eagle3AttentionConfig(
+            hidden_size=256, num_attention_heads=8, num_key_value_heads=8, head_dim=32
+        )
+    )
     pairs = list(itertools.product(layers, (_PROMPT, _DECODE)))
     rope = replace(_PLAIN, rope=_ROPE)
     llama3 = replace(_PLAIN, rope=RopeConfig(theta=500000.0, scaling=_LLAMA3))
@@ -96,7 +136,17 @@ def feature_cases(tier: str) -> list[Case]:
         (llama3, Workload(phase="cte", lengths=(33, 33), start=_FAR)),
         (llama3, Workload(phase="tkg", lengths=(_FAR,), steps=2)),
     ]
-    return _spread(pairs, tier, "layer")
+    three_rows = (
+        Workload(phase="cte", lengths=(97, 33, 1)),
+        Workload(phase="tkg", lengths=(80, 17, 0), steps=3),
+    )
+    brought = [
+        case
+        for extras in _EXTRAS
+        for work in three_rows
+        for case in _spread([(_PLAIN, work)], tier, "layer", extras)
+    ]
+    return _spread(pairs, tier, "layer") + brought
 
 
 def core_cases(tier: str) -> list[Case]:
@@ -123,12 +173,25 @@ def _whole(variant: dict[str, Any]) -> dict[str, Any]:
     return {"num_key_value_heads": kv_heads, **variant}
 
 
-def _spread(pairs: Iterable[tuple[AttentionConfig, Workload]], tier: str, scope: Any) -> list[Case]:
+def _spread(
+    pairs: Iterable[tuple[AttentionConfig, Workload]],
+    tier: str,
+    scope: Any,
+    extras: Extras = NO_EXTRAS,
+) -> list[Case]:
     return [
-        Case(config=config, workload=work, dtype=dtype, regime=regime, seed=seed, scope=scope)
+        Case(
+            config=config,
+            workload=work,
+            dtype=dtype,
+            regime=regime,
+            seed=seed,
+            scope=scope,
+            extras=extras,
+        )
         for config, work in pairs
         for dtype in DTYPES
-        for regime in _REGIMES[_checked(tier)]
+        for regime in _REGIMES[checked_tier(tier)]
         for seed in range(_SEEDS[tier])
     ]
 
@@ -153,7 +216,7 @@ def preset_cases(tier: str, names: Iterable[str] = ()) -> list[Case]:
         PresetError: a name is unknown.
     """
     chosen = [presets.preset(name) for name in names] or list(presets.PRESETS.values())
-    dtypes = ("bfloat16",) if _checked(tier) == "smoke" else DTYPES
+    dtypes = ("bfloat16",) if checked_tier(tier) == "smoke" else DTYPES
     regimes = {"smoke": ("gaussian",), "standard": ("gaussian", "peaked"), "full": REGIMES}[tier]
     return [
         Case(
@@ -187,18 +250,17 @@ def _preset_workloads(config: AttentionConfig, tier: str) -> Iterator[Workload]:
 
 
 def cases_for(tier: str, suite: str) -> list[Case]:
-    """Return the cases of a suite (`features`, `core` or `presets`) at a tier.
+    """Return the cases of a suite (`features`, `serving`, `core` or `presets`) at a tier.
 
     Raises:
         UsageError: no such tier or suite.
     """
-    builders = {"features": feature_cases, "core": core_cases, "presets": preset_cases}
+    builders = {
+        "features": feature_cases,
+        "serving": serving_cases,
+        "core": core_cases,
+        "presets": preset_cases,
+    }
     if suite not in builders:
         raise UsageError(f"suite must be one of {', '.join(builders)}, got {suite!r}")
-    return builders[suite](_checked(tier))
-
-
-def _checked(tier: str) -> str:
-    if tier not in TIERS:
-        raise UsageError(f"tier must be one of {', '.join(TIERS)}, got {tier!r}")
-    return tier
+    return builders[suite](checked_tier(tier))

@@ -68,7 +68,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="features, core or presets; repeatable (default: all the subject takes)",
+        help="features, serving, core or presets; repeatable (default: all the subject takes)",
     )
     group.addoption(
         "--false-alarm-rate",
@@ -89,7 +89,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("auto", "on", "off"),
         default="auto",
         help="call the subject again with changes that must change no bit (default: auto, for "
-        "features and core beyond the smoke tier)",
+        "features, serving and core beyond the smoke tier)",
     )
     group.addoption("--results", default=None, metavar="PATH", help="write records as JSON Lines")
     group.addoption("--report", default=None, metavar="PATH", help="write the HTML report")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from conformance.errors import UsageError
-from golden import FORMATS, STAGES
+from golden import CALL_STAGES, FORMATS, STAGES
 
 _ROPE_TABLES = (
     "rope_exponents",
@@ -19,8 +19,10 @@ _ROPE_TABLES = (
     "rope_scaled_frequencies",
     "rope_angles",
 )
+_ALL_STAGES = (*STAGES, *CALL_STAGES)
 _FLOAT32_INSIDE = (
     *_ROPE_TABLES,
+    "input_norm_scale",
     "q_norm_scale",
     "k_norm_scale",
     "shifted_scores",
@@ -29,6 +31,7 @@ _FLOAT32_INSIDE = (
 )
 _SCORES = ("qk", "scores", "softcap_ratio", "softcap_tanh", "softcap")
 _FUSED = (
+    "input_norm_unit",
     "q_norm_unit",
     "k_norm_unit",
     "q_rope_cos",
@@ -65,7 +68,7 @@ class PrecisionProfile:
     exp_ulps: float = 0.5
 
     def __post_init__(self) -> None:
-        unknown = sorted(self.stores.keys() - STAGES.keys())
+        unknown = sorted(self.stores.keys() - set(_ALL_STAGES))
         if unknown:
             raise UsageError(f"stores must name stages of golden.STAGES, got {', '.join(unknown)}")
         formats = {*self.stores.values(), self.accumulation}
@@ -87,7 +90,7 @@ def eager(dtype: str) -> PrecisionProfile:
     This is plain PyTorch in bfloat16 or float16: each operator rounds its result, matrix products
     accumulate in float32, and the softmax is upcast.
     """
-    stores = {stage: dtype for stage in STAGES if stage not in _FLOAT32_INSIDE}
+    stores = {stage: dtype for stage in _ALL_STAGES if stage not in _FLOAT32_INSIDE}
     stores |= dict.fromkeys(_FLOAT32_INSIDE, "float32")
     if dtype != "float32":
         del stores["unnormalised_weights"]

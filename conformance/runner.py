@@ -11,34 +11,28 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
-
-import golden
+from conformance.calls import call_of
 from conformance.cases import PHASE_NAMES, Case
 from conformance.directions import directions
 from conformance.error_model import (
     MANY_RUNS,
     ErrorScale,
-    Outputs,
     fewest_runs,
     predict_scale,
 )
 from conformance.exact_rules import Subjected, exact_statistics
-from conformance.expected import Inputs, Reference, kept_slots, reference, written
+from conformance.expected import Inputs, Reference, reference
 from conformance.false_alarms import STANDARD, FalseAlarms
-from conformance.inputs import CoreInputs, LayerInputs, draw_core, draw_layer
+from conformance.inputs import CoreInputs, draw_core, draw_layer
 from conformance.judge import Judgement, judge_outputs, zeros_pass
+from conformance.observed import Malformed, check_finite, observe
 from conformance.precision import PrecisionProfile, profile_named
 from conformance.real_models import real_layer_inputs
 from conformance.sampled_rows import is_long, predict_sampled
-from conformance.subjects.base import CoreCall, LayerCall, LayerOutput, Subject, Unsupported
-from golden import Array
-from reports.records import CaseRecord, Statistic
-
-
-class Malformed(Exception):
-    """A subject's output has the wrong shape, dtype or holds NaN or infinity."""
+from conformance.schedule_ids import render_cache, render_parts
+from conformance.serve_inputs import draw_serve
+from conformance.subjects.base import Subject, Unsupported
+from reports.records import CaseRecord
 
 
 @dataclass(slots=True)
@@ -59,6 +53,8 @@ def inputs_of(case: Case) -> Inputs:
     """Return the inputs of a case: drawn, or a real model's own."""
     if case.regime == "prompt":
         return real_layer_inputs(case)
+    if case.workload.schedule is not None:
+        return draw_serve(case)
     return draw_core(case) if case.scope == "core" else draw_layer(case)
 
 
@@ -83,6 +79,8 @@ def judge_case(
     reason = subject.unsupported(case)
     if subject.scope != case.scope:
         reason = f"{subject.name} takes cases of scope {subject.scope!r}, this is {case.scope!r}"
+    elif case.workload.schedule is not None and not subject.serves:
+        reason = f"{subject.name} does not serve: it takes no ServeCall"
     if reason is not None:
         return _record(case, subject, profile, alarms, "UNSUPPORTED", reason, {})
     clock = _Clock()
@@ -92,8 +90,8 @@ def judge_case(
     try:
         with clock.timing("subject"):
             returned = subject.function(call_of(case, inputs))
-        observed, kept = _observe(returned, case, inputs, expected)
-        _check_finite(observed, expected)
+        observed, kept = observe(returned, case, inputs, expected)
+        check_finite(observed, expected)
     except Unsupported as error:
         return _record(case, subject, profile, alarms, "UNSUPPORTED", str(error), clock.seconds)
     except Malformed as error:
@@ -129,7 +127,7 @@ def judge_case(
         with clock.timing("exact rules"):
             again = Subjected(
                 call_of=lambda changed: call_of(case, changed),
-                run=lambda call, changed: _observe(subject.function(call), case, changed, expected)[
+                run=lambda call, changed: observe(subject.function(call), case, changed, expected)[
                     0
                 ],
                 conforms=lambda outputs: (
@@ -177,109 +175,6 @@ def predicted(
     )
 
 
-def call_of(case: Case, inputs: Inputs) -> CoreCall | LayerCall:
-    """Return what a subject is called with: the case's inputs as tensors of its dtype."""
-    dtype = getattr(torch, case.dtype)
-
-    def tensor(array: Array) -> torch.Tensor:
-        return torch.from_numpy(np.array(array)).to(dtype)
-
-    if isinstance(inputs, CoreInputs):
-        visible = golden.visible_keys(
-            golden.layer_mask(case.config), inputs.q_positions, inputs.kv_positions
-        )
-        return CoreCall(
-            q=tensor(inputs.q),
-            k=tensor(inputs.k),
-            v=tensor(inputs.v),
-            mask=torch.from_numpy(np.array(visible)),
-            q_positions=torch.from_numpy(inputs.q_positions.copy()),
-            kv_positions=torch.from_numpy(inputs.kv_positions.copy()),
-            softmax_scale=case.config.softmax_scale,
-            softcap=case.config.softcap,
-            sinks=None if inputs.sinks is None else tensor(inputs.sinks),
-            sliding_window=case.config.sliding_window,
-            attention_chunk_size=case.config.attention_chunk_size,
-        )
-    names = golden.weight_shapes(case.config)
-    lengths = inputs.cache_lengths
-    return LayerCall(
-        config=case.config,
-        weights={name: tensor(getattr(inputs.weights, name)) for name in names},
-        hidden_states=tensor(inputs.hidden_states),
-        position_ids=torch.from_numpy(inputs.position_ids.copy()),
-        k_cache=None if inputs.k_cache is None else tensor(inputs.k_cache),
-        v_cache=None if inputs.v_cache is None else tensor(inputs.v_cache),
-        cache_lengths=None if lengths is None else torch.from_numpy(lengths.copy()),
-    )
-
-
-def _observe(
-    returned: Any, case: Case, inputs: Inputs, expected: Reference
-) -> tuple[Outputs, tuple[Statistic, ...]]:
-    """Turn what a subject returned into float64 arrays, refusing wrong shapes and dtypes."""
-    wanted = {name: values.shape for name, values in expected.outputs.items()}
-    if isinstance(inputs, CoreInputs):
-        output = _array("output", returned, wanted["output"], case.dtype)
-        return {"output": output}, ()
-    if not isinstance(returned, LayerOutput):
-        raise Malformed(f"a layer must return a LayerOutput, got {type(returned).__name__}")
-    observed = {"output": _array("output", returned.output, wanted["output"], case.dtype)}
-    kept: tuple[Statistic, ...] = ()
-    if inputs.k_cache is None:
-        observed["k_cache"] = _array("k_cache", returned.k_cache, wanted["k_cache"], case.dtype)
-        observed["v_cache"] = _array("v_cache", returned.v_cache, wanted["v_cache"], case.dtype)
-    else:
-        k = _array("k_cache", returned.k_cache, inputs.k_cache.shape, case.dtype)
-        v = _array("v_cache", returned.v_cache, inputs.k_cache.shape, case.dtype)
-        observed["k_cache"] = written(k, inputs.position_ids)
-        observed["v_cache"] = written(v, inputs.position_ids)
-        kept = _kept(k, v, inputs)
-    return observed, kept
-
-
-def _array(name: str, value: Any, shape: tuple[int, ...], dtype: str) -> Array:
-    if not isinstance(value, torch.Tensor):
-        raise Malformed(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if tuple(value.shape) != shape:
-        raise Malformed(f"{name} must have shape {shape}, got {tuple(value.shape)}")
-    if value.dtype != getattr(torch, dtype):
-        raise Malformed(f"{name} must have dtype {dtype}, got {str(value.dtype)[6:]}")
-    array: Array = value.detach().to("cpu", torch.float64).numpy()
-    return array
-
-
-def _check_finite(observed: Outputs, expected: Reference) -> None:
-    for name, values in observed.items():
-        bad = ~np.isfinite(values) & expected.rows[name][..., None]
-        if bad.any():
-            index = tuple(int(i) for i in np.argwhere(bad)[0])
-            raise Malformed(
-                f"{name}{list(index)} is {values[index]}, golden has "
-                f"{expected.outputs[name][index]:.4g}; {np.count_nonzero(bad)} of {values.size} "
-                "values are not finite"
-            )
-
-
-def _kept(k: Array, v: Array, inputs: LayerInputs) -> tuple[Statistic, ...]:
-    """Count slots that token generation changed without having a token to put there."""
-    slots = kept_slots(inputs)
-    found = []
-    for name, now, before in (("k_cache", k, inputs.k_cache), ("v_cache", v, inputs.v_cache)):
-        changed = ((now != before).any(axis=-1)) & slots[:, None]
-        found.append(
-            Statistic(
-                output=name,
-                name="slots left alone",
-                value=float(np.count_nonzero(changed)),
-                limit=0.0,
-                derivation="slots of tokens not generated here keep their bits",
-                where=tuple(int(i) for i in np.argwhere(changed)[0]) if changed.any() else (),
-            )
-        )
-    return tuple(found)
-
-
 def reproduce_command(
     case: Case, subject: Subject, alarms: FalseAlarms, exact_rules: bool = False
 ) -> str:
@@ -307,7 +202,9 @@ def _record(
         case_id=case.id,
         suite=case.suite,
         # a synthetic layer with two features is a row of its own, so a red row names the culprit
-        features=case.features if case.model else (" + ".join(case.features),),
+        features=(
+            case.features if case.model or case.suite == "serving" else (" + ".join(case.features),)
+        ),
         model=case.model,
         layer=case.layer,
         phase=PHASE_NAMES[case.workload.phase],
@@ -315,7 +212,7 @@ def _record(
         regime=case.regime,
         seed=case.seed,
         config=asdict(case.config),
-        workload={**asdict(case.workload), "lengths": list(case.workload.lengths)},
+        workload=_workload(case),
         subject=subject.name,
         profile=profile.name,
         profile_stages=dict(profile.stores),
@@ -329,3 +226,14 @@ def _record(
         power=judgement.power if judgement else {},
         vacuous=vacuous,
     )
+
+
+def _workload(case: Case) -> dict[str, Any]:
+    work = case.workload
+    found = {**asdict(work), "lengths": list(work.lengths)}
+    if work.schedule is not None:
+        cache = render_cache(work.schedule.cache)
+        found["schedule"] = f"{cache} {render_parts(work.schedule.parts, work.batch)}"
+    else:
+        del found["schedule"]
+    return found

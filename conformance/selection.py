@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from conformance.case_ids import parse
 from conformance.cases import Case
 from conformance.errors import UsageError
-from conformance.matrix import TIERS, cases_for, preset_cases
+from conformance.matrix import cases_for, preset_cases
 from conformance.presets import PresetError
 from conformance.real_models import real_model_cases
 from conformance.subjects import Subject
+from conformance.tiers import checked_tier
 
-SUITES = ("features", "core", "presets")
+SUITES = ("features", "serving", "core", "presets")
 """Suites a tier holds; `model` comes with `--model`."""
 
 
@@ -29,7 +30,7 @@ def select_cases(
 
     Args:
         subject: decides which suites apply when none is named.
-        tier: one of `conformance.matrix.TIERS`.
+        tier: one of `conformance.tiers.TIERS`.
         suites: suites of the tier to take; empty takes all that fit the subject's scope.
         presets: published models whose layers alone to take.
         model: real model whose layers alone to take.
@@ -47,12 +48,12 @@ def select_cases(
         return [parse(text) for text in dict.fromkeys(ids)]
     if model is not None:
         return real_model_cases(model)
-    if tier not in TIERS:
-        raise UsageError(f"tier must be one of {', '.join(TIERS)}, got {tier!r}")
+    checked_tier(tier)
     if presets:
         try:
             return preset_cases(tier, dict.fromkeys(presets))
         except PresetError as error:
             raise UsageError(str(error)) from error
-    fitting = ("core",) if subject.scope == "core" else ("features", "presets")
+    layers = ("features", "serving", "presets") if subject.serves else ("features", "presets")
+    fitting = ("core",) if subject.scope == "core" else layers
     return [case for suite in suites or fitting for case in cases_for(tier, suite)]

@@ -58,11 +58,20 @@ from golden.serving import ForwardResult, Step, attend_with_cache, forward
 from golden.speculation import accept_drafts, tree_depths, tree_mask, verify_tree
 from golden.split_kv import attend_parts, cut_keys, merge_attended
 from golden.stack import Stack, StackResult, run_stack
-from golden.stages import STAGES, Accumulation, Array, Capture, Observer, unobserved
+from golden.stages import (
+    CALL_STAGES,
+    STAGES,
+    Accumulation,
+    Array,
+    Capture,
+    Observer,
+    unobserved,
+)
 from golden.weights import AttentionWeights, fuse_qkv, make_weights, split_qkv, weight_shapes
 from golden.windowed import windowed_encoding
 
 __all__ = [
+    "CALL_STAGES",
     "FORMATS",
     "STAGES",
     "Accumulation",

@@ -12,7 +12,7 @@ from golden.errors import ConfigError, ShapeError
 from golden.lora import Lora
 from golden.norms import normalise
 from golden.rope import rope_cos_sin, rotate
-from golden.stages import Accumulation, Array, Observer
+from golden.stages import Accumulation, Array, Observer, unobserved
 from golden.weights import AttentionWeights
 
 
@@ -38,6 +38,7 @@ def project_qkv(
     hidden_states: Any,
     *,
     lora: Lora | None = None,
+    observe: Observer = unobserved,
 ) -> Projected:
     """Multiply the hidden states with the three projections.
 
@@ -46,6 +47,7 @@ def project_qkv(
         weights: its arrays.
         hidden_states: `(batch, q_len, hidden_size)`; `2 * hidden_size` wide for an EAGLE-3 draft.
         lora: adapters on the projections, None for none.
+        observe: sees and may change the stages of the adapters.
 
     Raises:
         ShapeError: `hidden_states` does not fit.
@@ -60,9 +62,9 @@ def project_qkv(
     k, k_sum = product(hidden, weights.k_proj)
     v, v_sum = product(hidden, weights.v_proj)
     if lora is not None:
-        q, q_sum = lora.add("q", hidden, q, q_sum)
-        k, k_sum = lora.add("k", hidden, k, k_sum)
-        v, v_sum = lora.add("v", hidden, v, v_sum)
+        q, q_sum = lora.add("q", hidden, q, q_sum, observe)
+        k, k_sum = lora.add("k", hidden, k, k_sum, observe)
+        v, v_sum = lora.add("v", hidden, v, v_sum, observe)
     return Projected(q, k, v, (q_sum, k_sum, v_sum))
 
 

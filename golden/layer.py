@@ -79,7 +79,7 @@ def context_encoding(
         ShapeError: an array does not fit the layer.
         ConfigError: a position is beyond the cache.
     """
-    projected = project_qkv(config, weights, hidden_states, lora=lora)
+    projected = project_qkv(config, weights, hidden_states, lora=lora, observe=observe)
     return encode_projected(
         config,
         weights,
@@ -148,7 +148,7 @@ def token_generation(
         ShapeError: an array does not fit the layer.
         ConfigError: a position is beyond the cache.
     """
-    projected = project_qkv(config, weights, hidden_states, lora=lora)
+    projected = project_qkv(config, weights, hidden_states, lora=lora, observe=observe)
     return generate_projected(
         config,
         weights,
@@ -225,12 +225,15 @@ def attend_and_project(
         softcap=config.softcap,
         observe=observe,
     )
-    projection, accumulation = output_product(weights, attended.output, lora)
+    projection, accumulation = output_product(weights, attended.output, lora, observe)
     return add_bias("o", projection, accumulation, weights.o_bias, observe)
 
 
 def output_product(
-    weights: AttentionWeights, attended: Array, lora: Lora | None = None
+    weights: AttentionWeights,
+    attended: Array,
+    lora: Lora | None = None,
+    observe: Observer = unobserved,
 ) -> tuple[Array, Accumulation]:
     """Multiply the heads' outputs, BHSD, with the output projection and its adapters.
 
@@ -242,4 +245,4 @@ def output_product(
     projection, accumulation = product(merged, weights.o_proj)
     if lora is None:
         return projection, accumulation
-    return lora.add("o", merged, projection, accumulation)
+    return lora.add("o", merged, projection, accumulation, observe)

@@ -11,7 +11,7 @@ import numpy as np
 from golden.arrays import as_float64
 from golden.config import AttentionConfig
 from golden.errors import ConfigError, ShapeError
-from golden.stages import Accumulation, Array
+from golden.stages import Accumulation, Array, Observer, unobserved
 from golden.weights import weight_shapes
 
 TARGETS = ("q", "k", "v", "o")
@@ -51,7 +51,12 @@ class Lora:
     adapter_ids: np.ndarray[Any, np.dtype[np.int64]]
 
     def add(
-        self, target: str, x: Array, product: Array, accumulation: Accumulation
+        self,
+        target: str,
+        x: Array,
+        product: Array,
+        accumulation: Accumulation,
+        observe: Observer = unobserved,
     ) -> tuple[Array, Accumulation]:
         """Add each row's low-rank term to a projection's product.
 
@@ -60,6 +65,7 @@ class Lora:
             x: `(batch, length, in)`, the projection's input.
             product: `(batch, length, out)`.
             accumulation: how `product` was summed.
+            observe: sees the product and the low-rank term's stages (`golden.CALL_STAGES`).
 
         Returns:
             The sum, and how it was summed.
@@ -76,14 +82,28 @@ class Lora:
         down, up, scaling = self.adapters[target]
         used = np.maximum(self.adapter_ids, 0)
         factor = np.where(self.adapter_ids >= 0, scaling[used], 0.0)[:, None, None]
-        inner = x @ down[used].swapaxes(-1, -2)
-        delta = factor * (inner @ up[used].swapaxes(-1, -2))
+        a, b = down[used].swapaxes(-1, -2), up[used].swapaxes(-1, -2)
+
+        def inner_squares() -> Array:
+            squared: Array = np.square(x) @ np.square(a)
+            return squared
+
+        inner = observe(f"{target}_lora_down", x @ a, Accumulation(x.shape[-1], inner_squares))
+
+        def low_rank_squares() -> Array:
+            squared: Array = np.square(inner) @ np.square(b)
+            return squared
+
+        low_rank = Accumulation(down.shape[1], low_rank_squares)
+        delta = observe(
+            f"{target}_lora", factor * observe(f"{target}_lora_up", inner @ b, low_rank)
+        )
 
         def squares() -> Array:
-            low_rank = np.square(inner) @ np.square(up[used]).swapaxes(-1, -2)
-            total: Array = accumulation.squares() + np.square(factor) * low_rank
+            total: Array = accumulation.squares() + np.square(factor) * low_rank_squares()
             return total
 
+        product = observe(f"{target}_base", product, accumulation)
         return product + delta, Accumulation(accumulation.length + down.shape[1], squares)
 
 

@@ -34,7 +34,7 @@ def normalise(
         weight: `(x.shape[-1],)` or None for none.
         bias: `(x.shape[-1],)` or None for none.
         observe: sees `{name}_norm_scale`, `{name}_norm_unit` and `{name}_norm`.
-        name: `q` or `k`.
+        name: `q`, `k` or `input`.
         whole: the rows of which `x` is a part, `(..., whole width)`; None means `x` is whole.
 
     Returns:
@@ -80,6 +80,7 @@ def add_and_normalise(
     eps: float = 1e-6,
     weight_offset: float = 0.0,
     residual: Any = None,
+    observe: Observer = unobserved,
 ) -> NormedInput:
     """Add the residual, then take the root mean square norm: what a fused projection does first.
 
@@ -93,6 +94,7 @@ def add_and_normalise(
         eps: added to the mean square under the root.
         weight_offset: added to the weight; Gemma stores `w - 1` and sets this to 1.
         residual: like `hidden_states`; None for none.
+        observe: sees `input_sum` (with a residual) and the stages of the norm.
 
     Raises:
         ShapeError: arrays do not fit each other.
@@ -104,6 +106,8 @@ def add_and_normalise(
     hidden = as_float64("hidden_states", hidden_states, (None, None, None), "(batch, q_len, width)")
     weight = as_float64("weight", weight, (hidden.shape[2],), "(hidden_size,)")
     if residual is not None:
-        hidden = hidden + as_float64("residual", residual, hidden.shape, "(batch, q_len, width)")
+        other = as_float64("residual", residual, hidden.shape, "(batch, q_len, width)")
+        hidden = observe("input_sum", hidden + other)
     norm = QKNorm(eps=eps, weight_offset=weight_offset)
-    return NormedInput(normalise(hidden, norm, weight, None), hidden)
+    normed = normalise(hidden, norm, weight, None, observe=observe, name="input")
+    return NormedInput(normed, hidden)

@@ -126,7 +126,7 @@ def attend_with_cache(
     observe: Observer = unobserved,
 ) -> Step:
     """Do what `forward` does but write nothing: drafts that may yet be rejected."""
-    projected = project_qkv(config, weights, hidden_states, lora=lora)
+    projected = project_qkv(config, weights, hidden_states, lora=lora, observe=observe)
     batch, q_len = projected.q.shape[:2]
     positions = as_positions("position_ids", position_ids, (batch, q_len))
     positions = seated(cache, positions, seq_ids)

@@ -64,6 +64,24 @@ STAGES: dict[str, str] = {
 }
 """Every stage in order, with its meaning and shape; a norm placed after RoPE comes after it."""
 
+CALL_STAGES: dict[str, str] = {
+    "input_sum": "hidden states plus residual, (batch, q_len, hidden_size)",
+    "input_norm_scale": "reciprocal root of that sum's mean square plus eps",
+    "input_norm_unit": "the sum times that scale, before the learned weight",
+    "input_norm": "normalised hidden states, what the projections read",
+    **{
+        f"{name}_{stage}": meaning
+        for name in "qkvo"
+        for stage, meaning in (
+            ("base", f"{name} projection without its adapters, before its bias"),
+            ("lora_down", f"{name} adapter's inner values, (batch, q_len, rank)"),
+            ("lora_up", f"{name} adapter's low-rank product"),
+            ("lora", f"{name} adapter's term, scaled"),
+        )
+    },
+}
+"""Stages of what a call brings to a layer, its norm and its adapters; unobserved without them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Accumulation:
@@ -112,7 +130,7 @@ class Capture:
     values: dict[str, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        unknown = sorted(self.only - STAGES.keys())
+        unknown = sorted(self.only - STAGES.keys() - CALL_STAGES.keys())
         if unknown:
             raise ValueError(
                 f"only must name stages of golden.STAGES, got {', '.join(unknown)}; "

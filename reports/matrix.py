@@ -11,7 +11,7 @@ from reports.formatting import count, ratio
 from reports.links import fragment
 from reports.records import VERDICTS, CaseRecord
 
-FEATURE_SUITES = ("features", "core")
+FEATURE_SUITES = ("features", "serving", "core")
 """Suites counted in the feature matrix."""
 
 MODEL_SUITES = ("presets", "model")
@@ -23,7 +23,7 @@ NONE = "(none)"
 _Row = tuple[tuple[str, str], ...]
 """A row as the filters that select it, `(("model", "gpt-oss"), ("layer", "sliding"))`."""
 
-_PHASES = ("context encoding", "token generation")
+_PHASES = ("context encoding", "token generation", "serving")
 _DTYPES = (
     "float64",
     "float32",

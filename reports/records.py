@@ -84,11 +84,11 @@ class CaseRecord:
 
     Attributes:
         case_id: stable id from which alone the case can be rebuilt.
-        suite: suite it belongs to: `features`, `core`, `presets` or `model`.
+        suite: suite it belongs to: `features`, `serving`, `core`, `presets` or `model`.
         features: what the case exercises, such as `sinks` or `sliding window`.
         model: published model the layer comes from, empty for a synthetic layer.
         layer: kind of layer within the model, such as `sliding`; empty for a synthetic layer.
-        phase: `context encoding` or `token generation`.
+        phase: `context encoding`, `token generation` or `serving`.
         dtype: dtype of the subject's tensors.
         regime: how the inputs were drawn.
         seed: seed of the inputs.

@@ -16,12 +16,17 @@ from conformance.subjects.base import (
     Unsupported,
     subject,
 )
+from conformance.subjects.serving import ServeCall, ServeOutput, ServeStep, StoredAs
 
 __all__ = [
     "BUILT_IN",
     "CoreCall",
     "LayerCall",
     "LayerOutput",
+    "ServeCall",
+    "ServeOutput",
+    "ServeStep",
+    "StoredAs",
     "Subject",
     "Unsupported",
     "load_subject",

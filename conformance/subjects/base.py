@@ -1,8 +1,10 @@
 """What a subject is: something that computes attention and claims a precision.
 
 A subject is any callable. Given a `CoreCall` it returns the attention output, given a `LayerCall` a
-`LayerOutput`. The decorator `subject` says which of the two it takes and what it claims; a bare
-callable takes a `CoreCall` and claims the `eager` profile.
+`LayerOutput`, given a `ServeCall` (`conformance.subjects.serving`) a `ServeOutput`. The decorator
+`subject` says which it takes and what it claims: scope `core` is for a `CoreCall`, scope `layer`
+for a `LayerCall`, and with `serves=True` for a `ServeCall` too. A bare callable takes a `CoreCall`
+and claims the `eager` profile.
 """
 
 from __future__ import annotations
@@ -59,6 +61,36 @@ class CoreCall:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Adapters:
+    """Low-rank adapters (LoRA): row `b` adds `scaling[a] * up[a] @ down[a] @ x`, `a = ids[b]`.
+
+    Attributes:
+        ids: `(batch,)`, int64, adapter of each row, -1 for none.
+        down: by projection (`q`, `k`, `v`, `o`), `(adapters, rank, in)`.
+        up: by projection, `(adapters, out, rank)`.
+        scaling: `(adapters,)`, powers of two, the same for every projection.
+    """
+
+    ids: torch.Tensor
+    down: Mapping[str, torch.Tensor]
+    up: Mapping[str, torch.Tensor]
+    scaling: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class InputNorm:
+    """Root mean square norm of a layer's input: `x * weight / sqrt(mean(x**2) + eps)`.
+
+    Attributes:
+        weight: `(input_size,)`.
+        eps: added to the mean square.
+    """
+
+    weight: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LayerCall:
     """Arguments of an attention layer; floating tensors are in the case's dtype.
 
@@ -66,12 +98,18 @@ class LayerCall:
         config: the layer.
         weights: tensors by the field names of `golden.AttentionWeights`, matrices `(out, in)`.
         hidden_states: `(batch, q_len, hidden_size)`; in token generation, the tokens to feed one
-            after the other.
+            after the other. An `Eagle3AttentionConfig` reads twice that width.
         position_ids: `(batch, q_len)`, int64, -1 for padding on the right.
         k_cache: `(batch, num_key_value_heads, max_length, head_dim)`, slot = position; None in
             context encoding. The subject may write to it.
         v_cache: like `k_cache`.
         cache_lengths: `(batch,)`, int64, tokens in the cache before the first step.
+        adapters: low-rank adapters of the projections; None without.
+        input_norm: how the layer norms its input before the projections; None where the input
+            comes normed.
+        residual: shaped like `hidden_states`, to be added to them before that norm; None without.
+        rotary_position_ids: `(axes, batch, q_len)`, int64, positions for M-RoPE; None for RoPE at
+            `position_ids`.
     """
 
     config: AttentionConfig
@@ -81,6 +119,10 @@ class LayerCall:
     k_cache: torch.Tensor | None = None
     v_cache: torch.Tensor | None = None
     cache_lengths: torch.Tensor | None = None
+    adapters: Adapters | None = None
+    input_norm: InputNorm | None = None
+    residual: torch.Tensor | None = None
+    rotary_position_ids: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -109,11 +151,12 @@ class Subject:
 
     Attributes:
         name: shown in reports, and accepted by `--subject`.
-        function: takes a `CoreCall` or a `LayerCall`.
-        scope: which of the two.
+        function: takes a `CoreCall`, or a `LayerCall` and perhaps a `ServeCall`.
+        scope: `core` or `layer`.
         profile: name of the precision profile it claims (`conformance.precision.PROFILES`).
         unsupported: returns why a case is not claimed, None when it is.
         disclaims: exact rules (`conformance.exact_rules`) that it does not claim to keep.
+        serves: whether it also takes a `ServeCall`; scope `layer` only.
     """
 
     name: str
@@ -122,10 +165,13 @@ class Subject:
     profile: str = "eager"
     unsupported: Callable[[Case], str | None] = lambda case: None
     disclaims: tuple[str, ...] = ("masked NaN",)
+    serves: bool = False
 
     def __post_init__(self) -> None:
         if self.scope not in ("core", "layer"):
             raise UsageError(f"scope must be 'core' or 'layer', got {self.scope!r}")
+        if self.serves and self.scope == "core":
+            raise UsageError("serves needs scope 'layer'; a kernel has no cache")
         if unknown := sorted(set(self.disclaims) - set(EXACT_RULES)):
             raise UsageError(
                 f"disclaims must be among {', '.join(EXACT_RULES)}, got {', '.join(unknown)}"
@@ -140,6 +186,7 @@ def subject(
     profile: str = "eager",
     unsupported: Callable[[Case], str | None] | None = None,
     disclaims: tuple[str, ...] = ("masked NaN",),
+    serves: bool = False,
 ) -> Callable[[F], F]:
     """Say what a function under test takes and claims.
 
@@ -148,10 +195,16 @@ def subject(
         profile: name of the precision profile it claims.
         unsupported: returns why a case is not claimed, None when it is.
         disclaims: exact rules that it does not claim to keep.
+        serves: whether a layer also takes a `ServeCall`.
     """
 
     def mark(function: F) -> F:
-        claims: dict[str, Any] = {"scope": scope, "profile": profile, "disclaims": disclaims}
+        claims: dict[str, Any] = {
+            "scope": scope,
+            "profile": profile,
+            "disclaims": disclaims,
+            "serves": serves,
+        }
         if unsupported is not None:
             claims["unsupported"] = unsupported
         Subject(name="check", function=function, **claims)

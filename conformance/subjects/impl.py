@@ -13,15 +13,16 @@ from conformance.cases import Case
 from conformance.subjects.base import LayerCall, LayerOutput, subject
 from golden import (
     AttentionConfig,
+    DynamicNTKScaling,
+    Eagle3AttentionConfig,
     LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
+    ProportionalScaling,
     QKNorm,
     RopeConfig,
     YarnScaling,
 )
-
-_SCALINGS = (type(None), LinearScaling, Llama3Scaling, YarnScaling)
-
 
 Layer: TypeAlias = tuple[impl.NeuronAttentionBase, dict[str, Any]]
 """A module, and keyword arguments for its forward."""
@@ -32,24 +33,24 @@ def unsupported(case: Case) -> str | None:
     config = case.config
     if config.learned_sinks_size is not None and config.attention_chunk_size is not None:
         return "the module refuses learned sinks with chunked attention"
-    if type(config) is not AttentionConfig:
-        return f"the module has no {type(config).__name__}"
+    if isinstance(config, Eagle3AttentionConfig):
+        return "the module reads what it writes: no double width of an EAGLE-3 draft"
     rope = config.rope
-    if rope is not None and rope.mrope_section:
-        return "the module's own RoPE has positions of one axis"
-    if rope is not None and not isinstance(rope.scaling, _SCALINGS):
-        return f"the module's RoPE has no {type(rope.scaling).__name__}"
-    if rope is not None and rope.pairing == "interleaved":
-        if config.rotary_dim < config.head_dim:
-            return "the module's polar RoPE rotates whole heads"
-        if isinstance(rope.scaling, (LinearScaling, YarnScaling)):
-            return "the module's polar RoPE scales as llama3 only"
+    scaling = None if rope is None else rope.scaling
+    if isinstance(scaling, (DynamicNTKScaling, LongRopeScaling)) and scaling.seq_len:
+        return "the module scales RoPE by each row's own length, not by a given one"
+    if case.extras.adapters:
+        return "the module has no adapters (LoRA)"
+    if case.extras.residual:
+        return "the module adds no residual"
+    if case.workload.schedule is not None:
+        return "the module keeps a contiguous cache, and is served prompt and decode alone"
     if config.temperature_tuning is not None and rope is not None:
         return "the module tunes the temperature of layers without RoPE only"
     return None
 
 
-@subject(scope="layer", profile="native", unsupported=unsupported)
+@subject(scope="layer", profile="native", unsupported=unsupported, serves=True)
 def attention_layer(call: LayerCall) -> LayerOutput:
     """Run `NeuronAttentionBase`: a prompt at once, or tokens one after the other with a cache."""
     return run_layer(call, build_module)
@@ -71,6 +72,8 @@ def _prefill(
         call.hidden_states,
         attention_mask=call.position_ids >= 0,
         position_ids=call.position_ids,
+        rotary_position_ids=call.rotary_position_ids,
+        rmsnorm=_input_norm(call),
         **polar,
     )
     k, v = result.present_key_value
@@ -85,12 +88,14 @@ def _decode(
 ) -> LayerOutput:
     manager = impl.KVCacheManager(module.config)
     manager.store(0, cache)
-    outputs = []
+    outputs, norm, rotary = [], _input_norm(call), call.rotary_position_ids
     for step in range(call.hidden_states.shape[1]):
         now = slice(step, step + 1)
         result = module(
             call.hidden_states[:, now],
             position_ids=call.position_ids[:, now],
+            rotary_position_ids=None if rotary is None else rotary[..., now],
+            rmsnorm=norm,
             kv_mgr=manager,
             get_kv_per_layer=True,
             update_kv_per_layer=True,
@@ -101,6 +106,15 @@ def _decode(
         outputs.append(result.hidden_states)
     k, v = manager.get_kv_by_layer_id(0)
     return LayerOutput(output=torch.cat(outputs, dim=1), k_cache=k, v_cache=v)
+
+
+def _input_norm(call: LayerCall) -> nn.Module | None:
+    given = call.input_norm
+    if given is None:
+        return None
+    norm = impl.RMSNorm(given.weight.shape[0], given.eps, dtype=given.weight.dtype)
+    norm.load_state_dict({"weight": given.weight})
+    return norm
 
 
 def build_module(call: LayerCall) -> Layer:
@@ -220,6 +234,9 @@ def _rope_parameters(config: AttentionConfig) -> dict[str, Any] | None:
     if rope is None:
         return None
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": rope.theta}
+    if rope.mrope_section:
+        parameters["mrope_section"] = list(rope.mrope_section)
+        parameters["mrope_interleaved"] = rope.mrope_interleaved
     if config.rotary_dim < config.head_dim:
         parameters["partial_rotary_factor"] = config.rotary_dim / config.head_dim
     return parameters | _scaling_parameters(rope)
@@ -229,6 +246,29 @@ def _scaling_parameters(rope: RopeConfig) -> dict[str, Any]:
     scaling = rope.scaling
     if isinstance(scaling, LinearScaling):
         return {"rope_type": "linear", "factor": scaling.factor}
+    if isinstance(scaling, ProportionalScaling):
+        return {
+            "rope_type": "proportional",
+            "partial_rotary_factor": scaling.proportion,
+            "factor": scaling.factor,
+        }
+    if isinstance(scaling, DynamicNTKScaling):
+        return {
+            "rope_type": "dynamic",
+            "factor": scaling.factor,
+            "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        }
+    if isinstance(scaling, LongRopeScaling):
+        parameters: dict[str, Any] = {
+            "rope_type": "longrope",
+            "short_factor": list(scaling.short_factor),
+            "long_factor": list(scaling.long_factor),
+            "factor": scaling.factor,
+            "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        }
+        if scaling.attention_factor:
+            parameters["attention_factor"] = scaling.attention_factor
+        return parameters
     if isinstance(scaling, Llama3Scaling):
         return {
             "rope_type": "llama3",
@@ -238,7 +278,7 @@ def _scaling_parameters(rope: RopeConfig) -> dict[str, Any]:
             "original_max_position_embeddings": scaling.original_max_position_embeddings,
         }
     if isinstance(scaling, YarnScaling):
-        parameters: dict[str, Any] = {
+        parameters = {
             "rope_type": "yarn",
             "factor": scaling.factor,
             "original_max_position_embeddings": scaling.original_max_position_embeddings,

@@ -18,7 +18,7 @@ def test_subject_conforms(
     option = request.config.getoption("exact_rules")
     beyond_smoke = request.config.getoption("tier") != "smoke"
     exact = option == "on" or (
-        option == "auto" and beyond_smoke and case.suite in ("features", "core")
+        option == "auto" and beyond_smoke and case.suite in ("features", "serving", "core")
     )
     record = judge_case(case, subject, alarms=alarms, exact_rules=exact)
     attach(request, record)

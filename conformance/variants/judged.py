@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from conformance.calls import call_of
 from conformance.cases import Case
 from conformance.error_model import MANY_RUNS, ErrorScale, fewest_runs
 from conformance.expected import Reference, reference
 from conformance.inputs import CoreInputs, draw_core
 from conformance.judge import Judgement, judge_outputs
 from conformance.precision import profile_named
-from conformance.runner import call_of, predicted
+from conformance.runner import predicted
 from conformance.subjects.base import CoreCall, Subject
 from golden import Array
 

@@ -111,10 +111,11 @@ def cache_slot_off_by_one(call: LayerCall) -> LayerOutput:
 def zeros(call: LayerCall) -> LayerOutput:
     """Right shapes, nothing in them."""
     batch, tokens, _ = call.hidden_states.shape
+    width = call.config.hidden_size
     shape = (batch, call.config.num_key_value_heads, tokens, call.config.head_dim)
     k_cache = call.hidden_states.new_zeros(shape) if call.k_cache is None else call.k_cache
     return LayerOutput(
-        output=torch.zeros_like(call.hidden_states),
+        output=call.hidden_states.new_zeros(batch, tokens, width),
         k_cache=torch.zeros_like(k_cache),
         v_cache=torch.zeros_like(k_cache),
     )

@@ -13,12 +13,18 @@ from conformance import presets
 from conformance.case_ids import parse, render
 from conformance.cases import DTYPES, REGIMES, Case, Workload
 from conformance.errors import UsageError
-from conformance.matrix import TIERS, cases_for
+from conformance.extras import NO_EXTRAS, Extras
+from conformance.matrix import cases_for
+from conformance.schedules import CODES, IDLE, LAYOUTS, CacheKind, Part, Schedule
 from conformance.selection import SUITES
+from conformance.tiers import TIERS
 from golden import (
     AttentionConfig,
+    DynamicNTKScaling,
+    Eagle3AttentionConfig,
     LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
     ProportionalScaling,
     QKNorm,
     RopeConfig,
@@ -63,6 +69,32 @@ scalings = st.one_of(
         st.booleans(),
         st.floats(0, 10),
     ),
+    st.builds(
+        DynamicNTKScaling,
+        factor=positive,
+        original_max_position_embeddings=context.map(lambda length: length + 1),
+        seq_len=st.integers(0, 10**6),
+    ),
+    st.builds(
+        lambda divisors, factor, length, attention, reach: LongRopeScaling(
+            short_factor=tuple(divisors),
+            long_factor=tuple(reversed(divisors)),
+            factor=factor,
+            original_max_position_embeddings=length + 1,
+            attention_factor=attention,
+            seq_len=reach,
+        ),
+        st.lists(positive, min_size=1, max_size=4),
+        positive,
+        context,
+        st.floats(0, 10),
+        st.integers(0, 10**6),
+    ),
+    st.builds(
+        ProportionalScaling,
+        proportion=st.floats(0, 1, exclude_min=True),
+        factor=positive,
+    ),
 )
 
 
@@ -93,9 +125,14 @@ def configs(draw: st.DrawFn) -> AttentionConfig:
         pairing=st.sampled_from(("half", "interleaved")),
         rotary_dim=st.integers(0, head_dim // 2).map(lambda half: 2 * half),
         scaling=scalings,
+    ) | st.builds(
+        RopeConfig,
+        mrope_section=st.integers(0, head_dim // 2).map(lambda n: (head_dim // 2 - n, n)),
+        mrope_interleaved=st.booleans(),
     )
     tuning = st.builds(TemperatureTuning, floor_scale=positive, attn_scale=st.floats(-10, 10))
-    return AttentionConfig(
+    kind = draw(st.sampled_from((AttentionConfig, Eagle3AttentionConfig)))
+    return kind(
         hidden_size=draw(st.integers(1, 10**5)),
         num_attention_heads=kv_heads * draw(st.integers(1, 16)),
         num_key_value_heads=kv_heads,
@@ -126,9 +163,76 @@ def workloads(draw: st.DrawFn, scope: str) -> Workload:
     return Workload(phase="cte", lengths=tuple(lengths), start=start, prior=prior)
 
 
+extras = st.builds(
+    Extras, adapters=st.just(0), input_norm=st.just(True), residual=st.booleans()
+) | st.builds(Extras, adapters=st.integers(1, 9), rank=st.integers(1, 64))
+
+
+@st.composite
+def caches(draw: st.DrawFn, config: AttentionConfig) -> CacheKind:
+    layouts = [name for name in LAYOUTS if name not in ("rolling", "chunk")]
+    layouts += ["rolling"] * (config.sliding_window is not None)
+    layouts += ["chunk"] * (config.attention_chunk_size is not None)
+    layout = draw(st.sampled_from(layouts))
+    code = draw(st.sampled_from(("", *CODES.values())))
+    scales = draw(st.sampled_from(("none", "tensor", "head", "channel"))) if code else "none"
+    return CacheKind(
+        layout=layout,  # type: ignore[arg-type]
+        size=draw(st.integers(1, 512)) if layout in ("paged", "sharded") else 0,
+        code=code,
+        scales="head" if code == "int8" and scales == "none" else scales,  # type: ignore[arg-type]
+    )
+
+
+@st.composite
+def parts(draw: st.DrawFn, cache_rows: int) -> Part:
+    kind = draw(st.sampled_from(("prompt", "left", "pieces", "decode", "draft", "tree")))
+    order = draw(st.permutations(range(cache_rows)))
+    rows = tuple(order[: draw(st.integers(1, cache_rows))])
+    rows = draw(st.sampled_from((rows, tuple(range(cache_rows)), (*rows, IDLE))))
+    parents: tuple[int, ...] = ()
+    if kind == "draft":
+        parents = tuple(range(-1, draw(st.integers(1, 9)) - 1))
+    elif kind == "tree":
+        nodes = draw(st.integers(3, 9))
+        drawn = [draw(st.integers(0, node - 1)) for node in range(2, nodes)]
+        parents = (-1, 0, *drawn[:-1], 0)  # the last is no child of the one before
+    same = draw(st.integers(1, 50)) if not parents else len(parents)
+    tokens = (same,) * len(rows)
+    if kind in ("prompt", "left", "pieces"):
+        tokens = tuple(draw(st.integers(1, 99)) for _ in rows)
+    return Part(
+        kind=kind,  # type: ignore[arg-type]
+        tokens=tokens,
+        rows=rows,
+        piece=draw(st.integers(1, 64)) if kind == "pieces" else 0,
+        parents=parents,
+        accepted=tuple(draw(st.integers(0, same - 1)) for _ in rows) if parents else (),
+        fresh=kind in ("prompt", "left", "pieces") and draw(st.booleans()),
+    )
+
+
+@st.composite
+def served_workloads(draw: st.DrawFn, config: AttentionConfig) -> Workload:
+    cached = tuple(draw(st.lists(st.integers(0, 100), min_size=1, max_size=4)))
+    drawn = draw(st.lists(parts(len(cached)), min_size=1, max_size=4))
+    schedule = Schedule(cache=draw(caches(config)), parts=tuple(drawn))
+    return Workload(phase="serve", lengths=cached, schedule=schedule)
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     scope = draw(st.sampled_from(("layer", "core")))
+    served = scope == "layer" and draw(st.integers(0, 3)) == 0
+    if served:
+        config = draw(configs())
+        return Case(
+            config=config,
+            workload=draw(served_workloads(config)),
+            dtype=draw(st.sampled_from(DTYPES)),
+            regime=draw(regimes),
+            extras=draw(st.just(NO_EXTRAS) | extras),
+        )
     common = {
         "workload": draw(workloads(scope)),
         "dtype": draw(st.sampled_from(DTYPES)),
@@ -196,6 +300,8 @@ def test_ids_read_as_documented() -> None:
     )
 
 
+SERVED = "h256-hq8-hkv2-d32/serve-bf16-b2-kv0-contiguous-decode3-gaussian-seed0"
+
 MALFORMED = {
     "no slash": ("gpt-oss-20b.sliding", "must be '<layer>/<workload>'"),
     "nothing": ("", "must be '<layer>/<workload>'"),
@@ -230,6 +336,34 @@ MALFORMED = {
     "empty prompt": (PLAIN.replace("q97", "q0"), "lengths must be at least 1"),
     "steps of a prompt": (PLAIN.replace("q97", "q97-steps2"), "steps belongs to token generation"),
     "prior keys of a layer": (PLAIN.replace("q97", "q97-prior4"), "prior needs scope 'core'"),
+    "scaling without a rotation": (PLAIN.replace("d32", "d32-linear_8"), "must come with rope"),
+    "two scalings": (
+        PLAIN.replace("d32", "d32-rope10000-linear_8-proportional_0.5_1"),
+        "exclude each other",
+    ),
+    "adapters without a rank": (PLAIN.replace("d32", "d32-lora2"), "cannot be rebuilt"),
+    "residual without a norm": (PLAIN.replace("d32", "d32-residual"), "needs input_norm"),
+    "schedule of a prompt": (
+        PLAIN.replace("q97", "q97-contiguous-decode1"),
+        "a schedule belongs to serve",
+    ),
+    "serving without a schedule": (
+        PLAIN.replace("cte", "serve").replace("q97", "kv0"),
+        "serve to a schedule",
+    ),
+    "unknown cache": (SERVED.replace("contiguous", "linked"), "cache 'linked' must be one of"),
+    "blocks of no size": (SERVED.replace("contiguous", "paged"), "a paged cache has a block size"),
+    "int8 without scales": (SERVED.replace("contiguous", "contiguous_int8"), "must have scales"),
+    "window without one": (SERVED.replace("contiguous", "rolling"), "needs a layer with sliding"),
+    "unknown part": (SERVED.replace("decode3", "encode3"), "part 'encode3' must read like"),
+    "row beyond the cache": (SERVED.replace("decode3", "decode3at0_2"), "below b2, got 2"),
+    "row twice": (SERVED.replace("decode3", "decode3at0_0"), "name each cache row once"),
+    "drafts that keep none": (SERVED.replace("decode3", "draft3"), "must say what is kept"),
+    "drafts that keep too many": (SERVED.replace("decode3", "draft3keep4"), "drafts below 3"),
+    "tree that is a chain": (SERVED.replace("decode3", "tree0_1to1"), "another tree of one root"),
+    "child before its parent": (SERVED.replace("decode3", "tree2_0to1"), "come before their"),
+    "decode that starts anew": (SERVED.replace("decode3", "decode3new"), "only a prompt starts"),
+    "pieces of no size": (SERVED.replace("decode3", "pieces9"), "piece must be positive"),
     "no seed": (PLAIN.removesuffix("-seed0"), "must read like"),
     "not canonical": (PLAIN.replace("q97", "q97_97"), f"write it '{PLAIN}'"),
     "another order": (
@@ -250,18 +384,12 @@ def test_malformed_id_is_refused_in_one_sentence_that_says_why(text: str, says: 
         assert text in message
 
 
-@pytest.mark.parametrize(
-    "rope",
-    [
-        RopeConfig(scaling=ProportionalScaling(proportion=0.5)),
-        RopeConfig(mrope_section=(4, 6, 6)),
-    ],
-    ids=["scaling", "multimodal positions"],
-)
-def test_what_no_token_carries_is_refused_and_never_dropped(rope: RopeConfig) -> None:
-    config = AttentionConfig(
-        hidden_size=64, num_attention_heads=2, num_key_value_heads=2, head_dim=32, rope=rope
-    )
+class Wider(AttentionConfig):
+    """A layer of a kind that ids do not know."""
+
+
+def test_what_no_token_carries_is_refused_and_never_dropped() -> None:
+    config = Wider(hidden_size=64, num_attention_heads=2, num_key_value_heads=2, head_dim=32)
     case = Case(config=config, workload=Workload(phase="cte", lengths=(4,)), dtype="float32")
     with pytest.raises(UsageError, match="no token of a case's id carries"):
         _ = case.id

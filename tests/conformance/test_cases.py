@@ -17,7 +17,7 @@ PROMPT = Workload(phase="cte", lengths=(9, 5))
 CASE = Case(config=CONFIG, workload=PROMPT, dtype="bfloat16")
 
 WORKLOADS: dict[str, tuple[dict[str, Any], str]] = {
-    "phase": ({"phase": "train", "lengths": (3,)}, "phase must be 'cte' or 'tkg'"),
+    "phase": ({"phase": "train", "lengths": (3,)}, "phase must be 'cte', 'tkg' or 'serve'"),
     "no rows": ({"phase": "cte", "lengths": ()}, "lengths must be at least 1"),
     "empty prompt": ({"phase": "cte", "lengths": (3, 0)}, "lengths must be at least 1"),
     "negative cache": ({"phase": "tkg", "lengths": (-1,)}, "lengths must be at least 0"),

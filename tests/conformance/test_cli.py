@@ -14,10 +14,11 @@ import torch
 from click.testing import CliRunner, Result
 
 from conformance.cli import main
-from conformance.matrix import TIERS, cases_for
+from conformance.matrix import cases_for
 from conformance.presets import PRESETS
 from conformance.subjects import LayerCall, LayerOutput, subject
 from conformance.subjects.impl import attention_layer
+from conformance.tiers import TIERS
 from golden import AttentionConfig, ConfigError
 from reports.records import read_results
 
@@ -60,7 +61,9 @@ def test_every_command_explains_itself(command: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("tier", TIERS)
 def test_list_cases_prints_the_ids_of_a_tier_and_nothing_else(tier: str) -> None:
     result = invoke("list", "cases", "--tier", tier)
-    expected = [case.id for suite in ("features", "presets") for case in cases_for(tier, suite)]
+    expected = [
+        case.id for suite in ("features", "serving", "presets") for case in cases_for(tier, suite)
+    ]
     assert result.exit_code == 0
     assert result.output.splitlines() == expected
 

@@ -6,9 +6,10 @@ import pytest
 
 from conformance.cases import DTYPES, REGIMES
 from conformance.errors import UsageError
-from conformance.matrix import TIERS, cases_for, core_cases, feature_cases, preset_cases
+from conformance.matrix import cases_for, core_cases, feature_cases, preset_cases
 from conformance.presets import PRESETS, PresetError
 from conformance.selection import SUITES
+from conformance.tiers import TIERS
 
 
 @pytest.mark.parametrize("suite", ["features", "core"])
@@ -46,8 +47,17 @@ def test_features_suite_has_a_row_of_its_own_for_most_features() -> None:
         "RoPE Linear",
         "RoPE Llama3",
         "RoPE Yarn",
+        "RoPE DynamicNTK",
+        "RoPE LongRope",
+        "RoPE Proportional",
+        "M-RoPE",
+        "M-RoPE interleaved",
         "position offset",
         "QK rms norm post-RoPE",
+        # and what a row of the batch brings needs rows that differ
+        "LoRA",
+        "fused RMSNorm",
+        "fused residual",
     }
 
 
@@ -95,4 +105,4 @@ def test_unknown_tier_suite_and_preset_are_refused() -> None:
         cases_for("smoke", "speed")
     with pytest.raises(PresetError, match="did you mean"):
         preset_cases("smoke", ["gpt-oss-21b"])
-    assert set(SUITES) == {"features", "core", "presets"}
+    assert set(SUITES) == {"features", "serving", "core", "presets"}

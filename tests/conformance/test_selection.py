@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,8 +17,11 @@ GOOD = "h64-hq4-hkv2-d16/cte-bf16-b1-q9-gaussian-seed0"
 
 
 def test_subject_of_a_layer_gets_features_and_presets_and_a_kernel_the_core() -> None:
-    layers = cases_for("smoke", "features") + cases_for("smoke", "presets")
+    suites = ("features", "serving", "presets")
+    layers = [case for suite in suites for case in cases_for("smoke", suite)]
     assert select_cases(IMPL) == layers
+    asked_once = replace(IMPL, serves=False)
+    assert select_cases(asked_once) == [case for case in layers if case.suite != "serving"]
     assert select_cases(SDPA) == cases_for("smoke", "core")
 
 
