@@ -16,6 +16,7 @@ from impl.errors import (
 )
 from impl.gqa import GroupQueryAttention_O, GroupQueryAttention_QKV
 from impl.kv_cache import KVCacheManager
+from impl.lora import LoraServingConfig
 from impl.neuron_config import NeuronConfig
 from impl.norms import L2Norm, QKNormPlacement, QKNormScope, RMSNorm
 from impl.output import NeuronAttentionBaseOutput
@@ -42,6 +43,7 @@ __all__ = [
     "KVCacheManager",
     "L2Norm",
     "LearnedSink",
+    "LoraServingConfig",
     "NeuronAttentionBase",
     "NeuronAttentionBaseOutput",
     "NeuronConfig",

@@ -16,6 +16,7 @@ from impl.errors import ShapeError, UnsupportedError, explain
 from impl.forward_arguments import (
     check_active_mask,
     check_hidden_states,
+    check_residual,
     given_positions,
     read_cache,
     require_manager,
@@ -28,7 +29,7 @@ from impl.output import NeuronAttentionBaseOutput
 from impl.parallel.layer import LayerParallel, PhaseHeads
 from impl.parallel.phases import DecodePhase, PrefillPhase
 from impl.parallel.sharding_strategy import GQA
-from impl.serving import CACHE_KEYWORDS, check_call, check_group, check_layer_config
+from impl.serving import CACHE_KEYWORDS, check_group, check_keywords, check_layer_config
 from impl.step import Phase, StepInputs, select_phase
 
 
@@ -249,7 +250,8 @@ class NeuronAttentionBase(AttentionCore):
         their tokens in strided order (`impl.parallel.strided`); K and V come back in natural order.
 
         Args:
-            hidden_states: `(batch, seq_len, hidden_size)`, any floating dtype.
+            hidden_states: `(batch, seq_len, hidden_size)`, any floating dtype; twice as wide for an
+                EAGLE-3 draft (`is_eagle_draft` and `is_eagle3`).
             attention_mask: True = attend. Prefill: `(batch, seq_len)`, real tokens, or
                 `(batch, 1, seq_len, seq_len)`; None is no mask at all in a full layer, and the
                 limit by position in a windowed or chunked one. With cached keys: slots that hold
@@ -265,18 +267,23 @@ class NeuronAttentionBase(AttentionCore):
             active_mask: `(batch, 1, seq_len, seq_len)`, which tokens of a step with cached keys see
                 each other, besides what positions rule out. Decode needs it for more than one
                 token and does not read it for one; in prefill None is by position.
-            adapter_ids: must be None.
+            adapter_ids: `(batch,)`, integer, the LoRA adapter of each row, negative for none;
+                None is no adapters. `lora_config` says which there can be, `lora.load_adapter`
+                loads one.
             cos_cache: cosines of an earlier layer of the same kind; both caches or neither. They
                 are used as they are, so layers of different RoPE must not share them.
             sin_cache: sines, likewise.
-            rmsnorm: norm of the hidden states to apply before the projection. Pass it only if the
-                caller has not applied it.
+            rmsnorm: norm of the hidden states before the projection. It is applied here if the
+                QKV kernel would (`qkv_kernel_enabled`, no sequence parallelism); otherwise the
+                caller has applied it and it is not read.
             rotary_position_ids: positions for RoPE alone, in place of `position_ids`.
             kv_mgr: cache to read or write inside the layer.
             get_kv_per_layer: take `past_key_value` from `kv_mgr`, layer `idx`.
             update_kv_per_layer: return the whole updated cache of layer `idx` instead of the
                 step's K and V.
-            residual: returned unchanged, and not added.
+            residual: like `hidden_states`. Where the QKV kernel would fuse the addition, as above,
+                the layer reads `hidden_states + residual` and returns that sum as `residual`, the
+                stream to which the output is to be added; otherwise it is returned unchanged.
             windowed_context_encoding_window_idx: which window of `windowed_context_encoding_size`
                 tokens of the prompt this is, the ones before it cached; negative is the whole
                 prompt. Cached keys are not read in window 0.
@@ -292,8 +299,13 @@ class NeuronAttentionBase(AttentionCore):
             UnsupportedError: an argument that this version does not serve.
             AttentionError: an unknown keyword.
         """
-        check_call(adapter_ids, kwargs)
-        check_hidden_states(hidden_states, self.hidden_size)
+        check_keywords(kwargs)
+        check_hidden_states(hidden_states, self.input_size)
+        check_residual(residual, hidden_states)
+        if adapter_ids is not None and self.lora is None:
+            raise ShapeError(
+                explain("adapter_ids", "be None in a layer without lora_config", "adapter ids")
+            )
         polar = bool(kwargs.pop("use_polar_compatible_rope", False))
         cache_arguments = {name: kwargs[name] for name in CACHE_KEYWORDS if name in kwargs}
         if self.dp_degree > 1 and (get_kv_per_layer or past_key_value is not None):
@@ -320,15 +332,6 @@ class NeuronAttentionBase(AttentionCore):
                     explain("past_key_value", "be None when get_kv_per_layer is True", "a cache")
                 )
             past_key_value = read_cache(kv_mgr, cache_arguments, self.k_cache_transposed)
-        if residual is not None and self.neuron_config.qkv_kernel_enabled:
-            raise UnsupportedError(
-                explain(
-                    "residual",
-                    "be None when qkv_kernel_enabled is True",
-                    tuple(residual.shape),
-                    "that kernel would add it; add it before the call",
-                )
-            )
         phase, past_key_value = select_phase(
             self.neuron_config,
             hidden_states.shape[1],
@@ -357,6 +360,7 @@ class NeuronAttentionBase(AttentionCore):
             past_key_value=past_key_value,
             cache_layout=cache_layout,
             active_mask=active_mask,
+            adapter_ids=adapter_ids,
             cos_cache=cos_cache,
             sin_cache=sin_cache,
             rmsnorm=rmsnorm,
@@ -437,7 +441,10 @@ class NeuronAttentionBase(AttentionCore):
         return self.chunked_attention_forward(step)
 
     def _layer_forward(self, step: StepInputs) -> NeuronAttentionBaseOutput:
-        hidden_states = step.hidden_states.to(self.torch_dtype)
+        hidden_states, residual = step.hidden_states, step.residual
+        if residual is not None and self.fuses_input:
+            hidden_states = residual = hidden_states + residual
+        hidden_states = hidden_states.to(self.torch_dtype)
         positions, rotary_positions = step.position_ids, step.rotary_position_ids
         encodes = step.phase is Phase.CONTEXT_ENCODING
         phase = self.parallel.prefill if encodes else self.parallel.decode
@@ -455,12 +462,15 @@ class NeuronAttentionBase(AttentionCore):
             rotary_position_ids=rotary_positions,
             use_polar_compatible_rope=step.use_polar_compatible_rope,
             is_prefill_stage=encodes,
+            adapter_ids=step.adapter_ids,
         )
         if isinstance(phase, PrefillPhase):
             k, v = phase.gather_keys(k, v)
         merged = self.attend(step, q, k, v).transpose(1, 2).flatten(2)
-        output = self.get_o_proj(encodes)(merged, phase.reduce).to(step.hidden_states.dtype)
-        residual = step.residual
+        output = self.get_o_proj(encodes)(merged, phase.reduce)
+        if self.lora is not None:
+            output = self.lora.add(merged, step.adapter_ids, "o_proj", output)
+        output = output.to(step.hidden_states.dtype)
         if isinstance(phase, PrefillPhase):
             k, v = self.parallel.for_cache(k), self.parallel.for_cache(v)
             if phase.ends_a_row and residual is not None:

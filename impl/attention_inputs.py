@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -10,6 +11,7 @@ from impl.config import InferenceConfig
 from impl.errors import ConfigError, ShapeError, explain
 from impl.gqa import GroupQueryAttention_QKV
 from impl.layer_options import LayerOptions
+from impl.lora import LayerLora
 from impl.norms import L2Norm, QKNormPlacement, QKNormScope, check_eps
 from impl.parallel.layer import LayerParallel, PhaseHeads
 from impl.rope import PolarRotaryEmbedding, apply_rotary_polar_compatible, apply_rotary_pos_emb
@@ -73,6 +75,11 @@ class AttentionInputs(nn.Module):
         self.options = options
         self.torch_dtype = config.neuron_config.layer_dtype
         self.hidden_size = options.hidden_size
+        run = config.neuron_config
+        # An EAGLE-3 draft reads the token's embedding beside the target's hidden states.
+        self.input_size = options.hidden_size * (2 if run.is_eagle3 and run.is_eagle_draft else 1)
+        # Under sequence parallelism the caller's norm runs before the gather.
+        self.fuses_input = run.qkv_kernel_enabled and not run.sequence_parallel_enabled
         self.num_heads = self.num_attention_heads = options.num_attention_heads
         self.num_key_value_heads = options.num_key_value_heads
         self.num_key_value_groups = self.num_heads // self.num_key_value_heads
@@ -82,6 +89,7 @@ class AttentionInputs(nn.Module):
         self.rope_theta = rope_theta
         self.polar_rotary_emb = self._make_polar(rope_theta, use_scaled_rope)
         self._init_norms(q_layernorm, k_layernorm)
+        self.lora = self._make_lora()
         self.parallel = parallel
         self.clip_qkv = clip_qkv
         if parallel.shares_weights:
@@ -92,7 +100,7 @@ class AttentionInputs(nn.Module):
 
     def _make_projection(self, heads: PhaseHeads) -> GroupQueryAttention_QKV:
         return GroupQueryAttention_QKV(
-            self.hidden_size,
+            self.input_size,
             self.head_dim,
             len(heads.query),
             len(heads.key_value),
@@ -101,6 +109,15 @@ class AttentionInputs(nn.Module):
             fused_qkv=self.neuron_config.fused_qkv,
             clip_qkv=self.clip_qkv,
         )
+
+    def _make_lora(self) -> LayerLora | None:
+        config = self.neuron_config.lora_config
+        if config is None:
+            return None
+        q, kv = self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        widths = {f"{name}_proj": (self.input_size, kv) for name in "kv"}
+        widths |= {"q_proj": (self.input_size, q), "o_proj": (q, self.hidden_size)}
+        return LayerLora(config, widths, self.torch_dtype)
 
     def get_qkv_proj(self, is_prefill_stage: bool) -> GroupQueryAttention_QKV:
         """Projection of a phase: one for both, or `cte_qkv_proj` and `tkg_qkv_proj`."""
@@ -162,6 +179,7 @@ class AttentionInputs(nn.Module):
         rotary_position_ids: Tensor | None = None,
         use_polar_compatible_rope: bool = False,
         is_prefill_stage: bool = True,
+        adapter_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """Project, norm and rotate.
 
@@ -174,15 +192,19 @@ class AttentionInputs(nn.Module):
             rotary_position_ids: see `forward`.
             use_polar_compatible_rope: see `forward`.
             is_prefill_stage: the phase, which says which heads this rank holds.
+            adapter_ids: see `forward`.
 
         Returns:
             q `(batch, num_attention_heads, seq_len, head_dim)`, k and v
             `(batch, num_key_value_heads, seq_len, head_dim)`, BHSD, in the layer's dtype, of this
             rank's heads; and the cos and sin caches.
         """
-        if rmsnorm is not None:
+        if rmsnorm is not None and self.fuses_input:
             hidden_states = rmsnorm(hidden_states).to(self.torch_dtype)
-        q, k, v = self.get_qkv_proj(is_prefill_stage)(hidden_states)
+        adapt = None
+        if self.lora is not None:
+            adapt = partial(self.lora.add, hidden_states, adapter_ids)
+        q, k, v = self.get_qkv_proj(is_prefill_stage)(hidden_states, adapt)
         options = self.options
         scope, weighted = options.qk_layernorm_scope, options.qk_layernorm_placement
         if options.qk_norm_placement is QKNormPlacement.PRE_ROPE:

@@ -22,6 +22,22 @@ def check_hidden_states(hidden_states: Tensor, width: int) -> None:
         raise ShapeError(explain("hidden_states", f"have shape (batch, seq_len, {width})", shape))
 
 
+def check_residual(residual: Tensor | None, hidden_states: Tensor) -> None:
+    """Refuse a residual that does not go with the hidden states.
+
+    Raises:
+        ShapeError: it has another shape.
+    """
+    if residual is not None and residual.shape != hidden_states.shape:
+        raise ShapeError(
+            explain(
+                "residual",
+                f"have the shape of hidden_states, {tuple(hidden_states.shape)}",
+                tuple(residual.shape),
+            )
+        )
+
+
 def given_positions(position_ids: Tensor | None, hidden_states: Tensor, seq_len: int) -> Tensor:
     """Return the positions of a step, checked.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from impl.config import check_head_counts
 from impl.errors import ConfigError, explain
 from impl.parallel.groups import ALONE, Group
 from impl.parallel.linear import ColumnParallelLinear, RowParallelLinear
+
+Adapt: TypeAlias = Callable[[str, Tensor], Tensor]
+"""Takes the name of a projection and its result; returns the result to use."""
 
 
 class GroupQueryAttention_QKV(nn.Module):
@@ -92,11 +96,14 @@ class GroupQueryAttention_QKV(nn.Module):
         """Rows of the q, k and v weights."""
         return (self.q_width, self.kv_width, self.kv_width)
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, hidden_states: Tensor, adapt: Adapt | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Project.
 
         Args:
             hidden_states: `(batch, seq_len, hidden_size)`, in the layer's dtype.
+            adapt: changes each projection before it is clipped (LoRA).
 
         Returns:
             q `(batch, seq_len, num_attention_heads * head_dim)`, and k and v
@@ -110,6 +117,8 @@ class GroupQueryAttention_QKV(nn.Module):
                 self.k_proj(hidden_states),
                 self.v_proj(hidden_states),
             )
+        if adapt is not None:
+            q, k, v = adapt("q_proj", q), adapt("k_proj", k), adapt("v_proj", v)
         if self.clip_qkv is not None:
             limit = self.clip_qkv
             q, k, v = q.clamp(-limit, limit), k.clamp(-limit, limit), v.clamp(-limit, limit)

@@ -72,7 +72,9 @@ class NeuronConfig:
         windowed_context_encoding_size: prefill in windows of this many tokens; None is at once.
         speculation_length: draft tokens per step, 0 for none.
         enable_fused_speculation: draft and target model run as one graph.
-        lora_config: adapters to serve; None for none.
+        is_eagle_draft: the model is the draft of EAGLE speculation.
+        is_eagle3: that is EAGLE-3, whose draft reads hidden states of twice the width.
+        lora_config: an `impl.lora.LoraServingConfig`; None for no adapters.
         attn_kernel_enabled: prefill flash kernel: True always where legal, False never, None by
             sequence length.
         strided_context_parallel_kernel_enabled: the strided flash kernel; needs `cp_degree > 1`.
@@ -123,6 +125,8 @@ class NeuronConfig:
     windowed_context_encoding_size: int | None = None
     speculation_length: int = 0
     enable_fused_speculation: bool = False
+    is_eagle_draft: bool = False
+    is_eagle3: bool = False
     lora_config: Any = None
     attn_kernel_enabled: bool | None = None
     strided_context_parallel_kernel_enabled: bool = False

@@ -24,7 +24,8 @@ class NeuronAttentionBaseOutput:
         cos_cache: cosines used for RoPE, `(batch, seq_len, rotary_dim)`, for the next layer of the
             same kind; None without RoPE.
         sin_cache: sines, likewise.
-        residual: the residual that was passed in, unchanged.
+        residual: the residual that was passed in, or its sum with the hidden states where the QKV
+            kernel would add it.
     """
 
     hidden_states: Tensor

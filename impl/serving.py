@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from impl.errors import AttentionError, UnsupportedError, explain
+from impl.errors import AttentionError, ConfigError, UnsupportedError, explain
+from impl.lora import LoraServingConfig
 from impl.neuron_config import NeuronConfig
 
 # Field of NeuronConfig, the values served, and what to do about any other.
 _SERVED_VALUES: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("is_chunked_prefill", (False,), "prefill the whole prompt"),
-    ("lora_config", (None,), "merge the adapter into the weights"),
 )
 
 # Keyword arguments of the cache manager that pass through `forward`.
@@ -40,8 +40,21 @@ def check_layer_config(neuron_config: NeuronConfig) -> None:
     """Refuse a layer this version cannot run.
 
     Raises:
+        ConfigError: `lora_config` is of another kind.
         UnsupportedError: a field has a value that is not served.
     """
+    lora = neuron_config.lora_config
+    if lora is not None and not isinstance(lora, LoraServingConfig):
+        raise ConfigError(
+            explain("lora_config", "be a LoraServingConfig or None", type(lora).__name__)
+        )
+    if lora is not None and neuron_config.tp_degree > 1:
+        _refuse(
+            "lora_config",
+            "be None on several ranks in this version",
+            f"adapters and tp_degree {neuron_config.tp_degree}",
+            "merge the adapter into the weights",
+        )
     for name, served, hint in _SERVED_VALUES:
         value = getattr(neuron_config, name)
         if value not in served:
@@ -65,15 +78,12 @@ def check_group(group: Any, num_cores_per_group: int, tp_degree: int) -> None:
         _refuse("num_cores_per_group", "be 1", num_cores_per_group, "use the contiguous cache")
 
 
-def check_call(adapter_ids: object, keywords: dict[str, Any]) -> None:
-    """Refuse arguments of `forward` that this version does not serve or does not know.
+def check_keywords(keywords: dict[str, Any]) -> None:
+    """Refuse keywords of `forward` that nobody reads.
 
     Raises:
-        UnsupportedError: LoRA adapters.
-        AttentionError: a keyword nobody reads.
+        AttentionError: there is one.
     """
-    if adapter_ids is not None:
-        _refuse("adapter_ids", "be None", "adapter ids", "merge the adapter into the weights")
     unknown = sorted(set(keywords) - FORWARD_KEYWORDS)
     if unknown:
         raise AttentionError(

@@ -49,6 +49,9 @@ def adapt(module: NeuronAttentionBase, state: dict[str, Tensor], prefix: str) ->
     for kind in ("weight", "bias"):
         _place_qkv(module, local, kind)
         _place_output(module, local, kind)
+    if module.lora is not None:  # A base checkpoint has no adapters and leaves those that are held.
+        for name, value in module.lora.state_dict(prefix="lora.").items():
+            local.setdefault(name, value)
     _check_shapes(module, local)
     state.update({prefix + name: value for name, value in local.items()})
 

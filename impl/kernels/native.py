@@ -7,8 +7,10 @@ listed stays in the compute dtype. Matrix products accumulate in the compute dty
 | stage | rounded | note |
 | --- | --- | --- |
 | input | yes | `hidden_states` cast to the model dtype |
-| fused norm | yes | only if `rmsnorm` is passed |
+| residual | yes | only where the QKV kernel would add it; in the caller's dtype |
+| fused norm | yes | only where that kernel would apply `rmsnorm` |
 | q_proj, k_proj, v_proj | yes | product and bias, one rounding (torch's linear) |
+| LoRA | yes | low-rank term in the compute dtype, its sum with the projection rounded |
 | clip | no | clamping is exact |
 | q_norm, k_norm | yes | statistics and weight in the compute dtype, one rounding |
 | cos, sin | yes, half pairing | computed in float32; the interleaved pairing keeps float32 |

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from impl_layers import KV_HEADS, WIDTH, layer, model, positions, relative_error, tokens
+from impl_layers import HIDDEN, KV_HEADS, WIDTH, layer, model, positions, relative_error, tokens
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from impl import KVCacheManager, RMSNorm, RotaryEmbedding
+from impl import KVCacheManager, LoraServingConfig, RMSNorm, RotaryEmbedding
 
 YARN = {
     "rope_type": "yarn",
@@ -102,6 +102,22 @@ def test_a_step_with_its_cache_compiles_as_one_graph() -> None:
     got, expected = compiled(**call), made(**call)
     for a, b in zip(got.present_key_value, expected.present_key_value, strict=True):
         assert torch.equal(a, b)
+
+
+def test_adapters_and_what_the_qkv_kernel_fuses_compile_as_one_graph() -> None:
+    run = {"lora_config": LoraServingConfig(max_loras=2), "qkv_kernel_enabled": True}
+    made = layer(torch.float32, run, rotary_emb=RotaryEmbedding(WIDTH))
+    call = {
+        "hidden_states": tokens(5, dtype=torch.float32),
+        "residual": tokens(5, dtype=torch.float32, seed=2),
+        "rmsnorm": RMSNorm(HIDDEN),
+        "adapter_ids": torch.tensor([1, -1]),
+    }
+    torch._dynamo.reset()
+    compiled = torch.compile(made, backend="eager", fullgraph=True, dynamic=False)
+    got, expected = compiled(**call), made(**call)
+    assert torch.equal(got.hidden_states, expected.hidden_states)
+    assert torch.equal(got.residual, expected.residual)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++")

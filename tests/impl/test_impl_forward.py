@@ -115,18 +115,83 @@ def test_residual_is_returned_unchanged() -> None:
     assert torch.equal(output.hidden_states, layer()(tokens(4)).hidden_states)
 
 
-def test_a_residual_that_a_kernel_would_add_is_refused() -> None:
-    made = layer(run={"qkv_kernel_enabled": True})
-    with pytest.raises(UnsupportedError, match="residual must be None"):
-        made(tokens(4), residual=tokens(4))
+FUSED = {"qkv_kernel_enabled": True}
 
 
-def test_a_given_norm_is_applied_before_the_projection() -> None:
-    norm = RMSNorm(HIDDEN, dtype=torch.float64)
-    norm.weight.copy_(tokens(1)[0, 0])
-    made = layer(rotary_emb=rotary())
-    got = made(tokens(4), rmsnorm=norm).hidden_states
-    assert torch.equal(got, made(norm(tokens(4))).hidden_states)
+def input_norm(width: int = HIDDEN) -> RMSNorm:
+    norm = RMSNorm(width, dtype=torch.float64)
+    norm.weight.copy_(torch.linspace(-1.0, 2.0, width))
+    return norm
+
+
+@pytest.mark.parametrize("features", [{}, {"sliding_window": 3}, {"attention_chunk_size": 4}])
+def test_the_qkv_kernel_adds_the_residual_and_then_norms_the_sum(features: dict[str, Any]) -> None:
+    fused, plain = layer(run=FUSED, **features), layer(**features)
+    norm, residual = input_norm(), tokens(4, seed=3)
+    stream = tokens(4) + residual
+    got = fused(tokens(4), residual=residual, rmsnorm=norm)
+    assert torch.equal(got.residual, stream)
+    assert torch.equal(got.hidden_states, plain(norm(stream)).hidden_states)
+    without = fused(tokens(4), rmsnorm=norm)
+    assert without.residual is None
+    assert torch.equal(without.hidden_states, plain(norm(tokens(4))).hidden_states)
+    added = fused(tokens(4), residual=residual)
+    assert torch.equal(added.hidden_states, plain(stream).hidden_states)
+
+
+def test_a_decode_step_fuses_the_same() -> None:
+    fused, plain = layer(run=FUSED), layer()
+    call = {"position_ids": positions(1, 3), "past_key_value": past()}
+    norm, residual = input_norm(), tokens(1, seed=3)
+    got = fused(tokens(1), residual=residual, rmsnorm=norm, **call)
+    expected = plain(norm(tokens(1) + residual), **call)
+    assert torch.equal(got.hidden_states, expected.hidden_states)
+
+
+def test_the_native_path_leaves_norm_and_residual_to_the_caller() -> None:
+    residual = tokens(4, seed=3)
+    got = layer()(tokens(4), residual=residual, rmsnorm=input_norm())
+    assert got.residual is residual
+    assert torch.equal(got.hidden_states, layer()(tokens(4)).hidden_states)
+
+
+def test_the_residual_stream_keeps_the_callers_dtype() -> None:
+    made = layer(torch.bfloat16, run=FUSED)
+    residual = tokens(4, dtype=torch.float32, seed=3)
+    got = made(tokens(4, dtype=torch.float32), residual=residual)
+    assert torch.equal(got.residual, tokens(4, dtype=torch.float32) + residual)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_eagle3_draft_reads_twice_the_width_it_writes(fused: bool) -> None:
+    draft = {"is_eagle3": True, "is_eagle_draft": True, "fused_qkv": fused}
+    made = layer(run=draft, rotary_emb=rotary(), qkv_bias=True)
+    wide = torch.cat((tokens(5), tokens(5, seed=4)), dim=-1)
+    output = made(wide)
+    assert output.hidden_states.shape == (2, 5, HIDDEN)
+    # What a layer of the plain width computes from either half adds up before the bias.
+    plain = layer(rotary_emb=rotary(), qkv_bias=True)
+    q, *_ = made.prep_qkv_tensors(wide, positions(5))
+    state = made.state_dict()
+    halves = []
+    for half in range(2):
+        for name, parameter in plain.named_parameters():
+            if name.startswith("qkv_proj"):
+                part, kind = name.split(".")[1:]
+                rows = state.get(name)
+                if fused:
+                    spans = dict(zip(("q_proj", "k_proj", "v_proj"),
+                                 state[f"qkv_proj.Wqkv.{kind}"].split(made.qkv_proj.row_counts),
+                                 strict=True))  # fmt: skip
+                    rows = spans[part]
+                columns = slice(half * HIDDEN, (half + 1) * HIDDEN)
+                parameter.copy_(rows[:, columns] if kind == "weight" else rows * half)
+        halves.append(plain.prep_qkv_tensors(wide.chunk(2, dim=-1)[half], positions(5))[0])
+    assert relative_error(halves[0] + halves[1], q) <= ROUNDOFF
+    with pytest.raises(ShapeError, match=f"seq_len, {2 * HIDDEN}"):
+        made(tokens(5))
+    for alone in ({"is_eagle3": True}, {"is_eagle_draft": True}):
+        assert layer(run=alone).input_size == HIDDEN
 
 
 @pytest.mark.parametrize("polar", [False, True])
@@ -333,7 +398,7 @@ def test_decode_has_its_own_sinks_only_where_the_phases_shard_unlike(
             "is_prefix_caching",
         ),
         ({"is_chunked_prefill": True}, {}, UnsupportedError, "is_chunked_prefill"),
-        ({"lora_config": {"rank": 4}}, {}, UnsupportedError, "lora_config"),
+        ({"lora_config": {"rank": 4}}, {}, ConfigError, "LoraServingConfig or None, got dict"),
         ({}, {"num_cores_per_group": 2}, UnsupportedError, "num_cores_per_group"),
     ],
 )
@@ -347,7 +412,8 @@ def test_construction_refuses(
 @pytest.mark.parametrize(
     ("features", "call", "error", "words"),
     [
-        ({}, {"adapter_ids": torch.zeros(2)}, UnsupportedError, "adapter_ids must be None"),
+        ({}, {"adapter_ids": torch.zeros(2)}, ShapeError, "adapter_ids must be None"),
+        ({}, {"residual": torch.zeros(2, 4, HIDDEN)}, ShapeError, "residual must have the shape"),
         (
             {},
             {"windowed_context_encoding_window_idx": 0},

@@ -1,0 +1,219 @@
+"""Low-rank adapters (LoRA) on a layer's projections, one adapter per batch row.
+
+A row with adapter `a` adds `scaling[a] * lora_B[a] @ (lora_A[a] @ x)` to the projection of `x`; a
+row with a negative id adds nothing. The term is computed in the compute dtype, and its sum with the
+projection is rounded to the layer's dtype.
+
+Source: Hu et al. (2021), LoRA, arXiv 2106.09685, equation 3; names as in PEFT's checkpoints.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from impl.errors import ConfigError, ShapeError, StateDictError, explain
+from impl.neuron_config import require, require_positive
+from impl.precision import compute_dtype
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_ENTRY = re.compile(r"^(?:.*\.)?([a-z_]+)\.lora_(A|B)(?:\.\w+)?\.weight$")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraServingConfig:
+    """Adapters that are held at once.
+
+    Attributes:
+        max_loras: adapters; ids run from 0 to `max_loras - 1`.
+        max_lora_rank: largest rank; smaller ones are padded with zeros.
+        target_modules: projections that have adapters.
+
+    Raises:
+        ConfigError: a value out of range, or an unknown projection.
+    """
+
+    max_loras: int = 1
+    max_lora_rank: int = 16
+    target_modules: tuple[str, ...] = TARGETS
+
+    def __post_init__(self) -> None:
+        require_positive(self, ("max_loras", "max_lora_rank"))
+        unknown = sorted(set(self.target_modules) - set(TARGETS))
+        require(
+            bool(self.target_modules) and not unknown,
+            "target_modules",
+            f"be among {TARGETS}",
+            unknown or self.target_modules,
+        )
+
+
+class LoraProjection(nn.Module):
+    """Adapters of one projection.
+
+    Attributes:
+        lora_A: `(max_loras, max_lora_rank, in_features)`.
+        lora_B: `(max_loras, out_features, max_lora_rank)`; zeros at first, so adapters do nothing.
+        scaling: `(max_loras,)`, compute dtype; `lora_alpha / rank`.
+
+    Args:
+        config: how many adapters, and of which rank.
+        in_features: width of the projection's input.
+        out_features: width of its output.
+        dtype: dtype of the two matrices.
+    """
+
+    scaling: Tensor
+
+    def __init__(
+        self, config: LoraServingConfig, in_features: int, out_features: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        count, rank = config.max_loras, config.max_lora_rank
+        self.lora_A = nn.Parameter(torch.zeros(count, rank, in_features, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.zeros(count, out_features, rank, dtype=dtype))
+        self.scaling = nn.Parameter(
+            torch.ones(count, dtype=compute_dtype(dtype)), requires_grad=False
+        )
+
+    def forward(self, x: Tensor, adapter_ids: Tensor) -> Tensor:
+        """Compute what the rows' adapters add.
+
+        Args:
+            x: `(batch, seq_len, in_features)`, the projection's input.
+            adapter_ids: `(batch,)`, integer, negative for none. An id past the last adapter is an
+                index error where the device checks indices (CPU), and undefined elsewhere.
+
+        Returns:
+            `(batch, seq_len, out_features)`, compute dtype.
+
+        Raises:
+            ShapeError: `adapter_ids` is not one integer per row.
+        """
+        kind = adapter_ids.dtype
+        if tuple(adapter_ids.shape) != x.shape[:1] or kind.is_floating_point or kind == torch.bool:
+            raise ShapeError(
+                explain(
+                    "adapter_ids",
+                    f"be integers ({x.shape[0]},), one per batch row",
+                    f"{kind} {tuple(adapter_ids.shape)}",
+                )
+            )
+        dtype = compute_dtype(x.dtype)
+        ids = adapter_ids.clamp(min=0)
+        used = self.scaling.index_select(0, ids).to(dtype).masked_fill(adapter_ids < 0, 0.0)
+        down = self.lora_A.index_select(0, ids).to(dtype).transpose(1, 2)
+        up = self.lora_B.index_select(0, ids).to(dtype).transpose(1, 2)
+        return torch.matmul(torch.matmul(x.to(dtype), down), up) * used[:, None, None]
+
+
+class LayerLora(nn.ModuleDict):
+    """Adapters of one layer, by projection.
+
+    Args:
+        config: which projections, how many adapters, of which rank.
+        widths: `in_features` and `out_features` of every projection that could have adapters.
+        dtype: the layer's dtype.
+    """
+
+    def __init__(
+        self,
+        config: LoraServingConfig,
+        widths: Mapping[str, tuple[int, int]],
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(
+            {t: LoraProjection(config, *widths[t], dtype=dtype) for t in config.target_modules}
+        )
+        self.config = config
+
+    def add(self, x: Tensor, adapter_ids: Tensor | None, target: str, product: Tensor) -> Tensor:
+        """Add each row's low-rank term to a projection.
+
+        Args:
+            x: `(batch, seq_len, in_features)`, the projection's input.
+            adapter_ids: `(batch,)`, or None for no adapters.
+            target: `q_proj`, `k_proj`, `v_proj` or `o_proj`.
+            product: `(batch, seq_len, out_features)`, the projection of `x` with its bias.
+
+        Returns:
+            Like `product`.
+        """
+        if adapter_ids is None or target not in self:
+            return product
+        term: Tensor = self[target](x, adapter_ids)
+        return (product.to(term.dtype) + term).to(product.dtype)
+
+    def load_adapter(
+        self,
+        index: int,
+        state_dict: Mapping[str, Tensor],
+        *,
+        lora_alpha: float,
+        use_rslora: bool = False,
+        prefix: str = "",
+    ) -> None:
+        """Put one adapter into place; projections it does not name get none.
+
+        Args:
+            index: its id from now on.
+            state_dict: entries `*.<projection>.lora_A.weight`, `(rank, in_features)`, and
+                `*.lora_B.weight`, `(out_features, rank)`, as PEFT writes them.
+            lora_alpha: numerator of the scaling.
+            use_rslora: divide it by the root of the rank and not by the rank.
+            prefix: where this layer's entries are; others are not read.
+
+        Raises:
+            ConfigError: `index` is not an id.
+            StateDictError: an unknown projection, half of a pair, or a shape that does not fit.
+        """
+        if not 0 <= index < self.config.max_loras:
+            raise ConfigError(explain("index", f"be in 0..{self.config.max_loras - 1}", index))
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, value in state_dict.items():
+            entry = _ENTRY.match(name) if name.startswith(prefix) else None
+            if entry is not None:
+                found.setdefault(entry[1], {})[entry[2]] = value
+        self._check(found)
+        with torch.no_grad():
+            for target, module in self.items():
+                assert isinstance(module, LoraProjection)
+                module.lora_A[index].zero_()
+                module.lora_B[index].zero_()
+                if target not in found:
+                    continue
+                down, up = found[target]["A"], found[target]["B"]
+                rank = down.shape[0]
+                module.lora_A[index, :rank] = down
+                module.lora_B[index, :, :rank] = up
+                module.scaling[index] = lora_alpha / (rank**0.5 if use_rslora else rank)
+
+    def _check(self, found: Mapping[str, Mapping[str, Tensor]]) -> None:
+        unknown = sorted(set(found) - set(self))
+        if unknown or not found:
+            raise StateDictError(
+                explain("adapter", f"name projections among {sorted(self)}", unknown or "none")
+            )
+        for target, pair in found.items():
+            module = self[target]
+            assert isinstance(module, LoraProjection)
+            if set(pair) != {"A", "B"}:
+                raise StateDictError(
+                    explain(f"adapter {target}", "hold lora_A and lora_B", sorted(pair))
+                )
+            down, up = tuple(pair["A"].shape), tuple(pair["B"].shape)
+            _, most, width = module.lora_A.shape
+            out = module.lora_B.shape[1]
+            rank = down[0] if len(down) == 2 else 0
+            if not 0 < rank <= most or down != (rank, width) or up != (out, rank):
+                raise StateDictError(
+                    explain(
+                        f"adapter {target}",
+                        f"have shapes (rank, {width}) and ({out}, rank), rank at most {most}",
+                        f"{down} and {up}",
+                    )
+                )
