@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 import impl
 from conformance.cases import Case
-from conformance.subjects.base import LayerCall, LayerOutput, subject
+from conformance.subjects.base import InputNorm, LayerCall, LayerOutput, subject
+from conformance.subjects.impl_serving import Layer, serve, serving_gap
+from conformance.subjects.serving import ServeCall, ServeOutput
 from golden import (
     AttentionConfig,
     DynamicNTKScaling,
@@ -23,9 +25,6 @@ from golden import (
     RopeConfig,
     YarnScaling,
 )
-
-Layer: TypeAlias = tuple[impl.NeuronAttentionBase, dict[str, Any]]
-"""A module, and keyword arguments for its forward."""
 
 
 def unsupported(case: Case) -> str | None:
@@ -43,16 +42,16 @@ def unsupported(case: Case) -> str | None:
         return "the module has no adapters (LoRA)"
     if case.extras.residual:
         return "the module adds no residual"
-    if case.workload.schedule is not None:
-        return "the module keeps a contiguous cache, and is served prompt and decode alone"
     if config.temperature_tuning is not None and rope is not None:
         return "the module tunes the temperature of layers without RoPE only"
-    return None
+    return serving_gap(case)
 
 
 @subject(scope="layer", profile="native", unsupported=unsupported, serves=True)
-def attention_layer(call: LayerCall) -> LayerOutput:
-    """Run `NeuronAttentionBase`: a prompt at once, or tokens one after the other with a cache."""
+def attention_layer(call: LayerCall | ServeCall) -> LayerOutput | ServeOutput:
+    """Run `NeuronAttentionBase`: a prompt, tokens one after the other, or a schedule."""
+    if isinstance(call, ServeCall):
+        return serve(call, _served_module, _input_norm(call.input_norm))
     return run_layer(call, build_module)
 
 
@@ -73,7 +72,7 @@ def _prefill(
         attention_mask=call.position_ids >= 0,
         position_ids=call.position_ids,
         rotary_position_ids=call.rotary_position_ids,
-        rmsnorm=_input_norm(call),
+        rmsnorm=_input_norm(call.input_norm),
         **polar,
     )
     k, v = result.present_key_value
@@ -88,7 +87,7 @@ def _decode(
 ) -> LayerOutput:
     manager = impl.KVCacheManager(module.config)
     manager.store(0, cache)
-    outputs, norm, rotary = [], _input_norm(call), call.rotary_position_ids
+    outputs, norm, rotary = [], _input_norm(call.input_norm), call.rotary_position_ids
     for step in range(call.hidden_states.shape[1]):
         now = slice(step, step + 1)
         result = module(
@@ -108,8 +107,7 @@ def _decode(
     return LayerOutput(output=torch.cat(outputs, dim=1), k_cache=k, v_cache=v)
 
 
-def _input_norm(call: LayerCall) -> nn.Module | None:
-    given = call.input_norm
+def _input_norm(given: InputNorm | None) -> nn.Module | None:
     if given is None:
         return None
     norm = impl.RMSNorm(given.weight.shape[0], given.eps, dtype=given.weight.dtype)
@@ -123,14 +121,53 @@ def build_module(call: LayerCall) -> Layer:
     Returns:
         The module in evaluation mode, and keyword arguments for its forward.
     """
-    config, dtype = call.config, call.hidden_states.dtype
-    batch = call.hidden_states.shape[0]
     positions = int(call.position_ids.max()) + 1
-    slots = positions if call.k_cache is None else call.k_cache.shape[2]
+    return make_module(
+        call.config,
+        call.weights,
+        batch=call.hidden_states.shape[0],
+        slots=positions if call.k_cache is None else call.k_cache.shape[2],
+        positions=positions,
+    )
+
+
+def _served_module(call: ServeCall, **run: Any) -> Layer:
+    slots = call.max_length
+    rows = call.cache_rows
+    return make_module(call.config, call.weights, batch=rows, slots=slots, positions=slots, **run)
+
+
+def make_module(
+    config: AttentionConfig,
+    weights: Mapping[str, torch.Tensor],
+    *,
+    batch: int,
+    slots: int,
+    positions: int,
+    **run: Any,
+) -> Layer:
+    """Build a module and load its weights.
+
+    Args:
+        config: the layer.
+        weights: tensors by the field names of `golden.AttentionWeights`.
+        batch: rows.
+        slots: longest sequence.
+        positions: positions that RoPE must reach.
+        **run: other fields of `impl.NeuronConfig`.
+
+    Returns:
+        The module in evaluation mode, and keyword arguments for its forward.
+    """
+    dtype = weights["q_proj"].dtype
     rope_parameters = _rope_parameters(config)
     inference = impl.InferenceConfig(
         neuron_config=impl.NeuronConfig(
-            torch_dtype=dtype, batch_size=batch, seq_len=slots, fused_qkv=config.fused_qkv
+            torch_dtype=dtype,
+            batch_size=batch,
+            seq_len=slots,
+            fused_qkv=config.fused_qkv,
+            **run,
         ),
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
@@ -171,7 +208,7 @@ def build_module(call: LayerCall) -> Layer:
         learned_sinks_size=config.learned_sinks_size,
         **options,
     )
-    module.load_state_dict(_state_dict(call))
+    module.load_state_dict(_state_dict(config, weights))
     return module.eval(), polar
 
 
@@ -192,10 +229,12 @@ _CHECKPOINT_NAMES = {
 }
 
 
-def _state_dict(call: LayerCall) -> dict[str, torch.Tensor]:
+def _state_dict(
+    config: AttentionConfig, weights: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Return the weights under the names of Hugging Face checkpoints."""
-    state = {_CHECKPOINT_NAMES[name]: tensor for name, tensor in call.weights.items()}
-    if call.config.fused_qkv:
+    state = {_CHECKPOINT_NAMES[name]: tensor for name, tensor in weights.items()}
+    if config.fused_qkv:
         for kind in ("weight", "bias"):
             parts = [state.pop(f"{name}_proj.{kind}", None) for name in "qkv"]
             if parts[0] is not None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from conformance.subjects.base import LayerCall, LayerOutput, subject
-from conformance.subjects.impl import Layer, build_module, run_layer, unsupported
+from conformance.subjects.impl import build_module, run_layer, unsupported
+from conformance.subjects.impl_serving import Layer
 
 
 class CompiledLayers:
