@@ -26,6 +26,7 @@ from impl.kv_cache import KeyValue, KVCacheManager
 from impl.layer_options import LayerOptions
 from impl.norms import QKNormPlacement, QKNormScope
 from impl.output import NeuronAttentionBaseOutput
+from impl.packing import check_rotary, packed_sequences, update_arguments
 from impl.parallel.layer import LayerParallel, PhaseHeads
 from impl.parallel.phases import DecodePhase, PrefillPhase
 from impl.parallel.sharding_strategy import GQA
@@ -288,8 +289,12 @@ class NeuronAttentionBase(AttentionCore):
                 tokens of the prompt this is, the ones before it cached; negative is the whole
                 prompt. Cached keys are not read in window 0.
             **kwargs: `use_polar_compatible_rope` (interleaved RoPE with `rope_theta`, in place of
-                `rotary_emb`), and arguments for `kv_mgr`: `idx`, `seq_len`, `seq_ids`,
-                `kvcache_buffer`, `scatter_index`, `is_for_context_encoding`.
+                `rotary_emb`); arguments for `kv_mgr`: `idx`, `seq_len`, `seq_ids`,
+                `kvcache_buffer`, `scatter_index`, `is_for_context_encoding`,
+                `active_block_table`; and for packed sequences (chunked prefill, `impl.packing`)
+                `num_queries` and `computed_context_lens`, `(sequences,)` each: new and cached
+                tokens of every sequence in the one row, `past_key_value` having a row each. Masks
+                and positions follow from them.
 
         Returns:
             Output, K and V of the step, cos and sin caches, residual.
@@ -326,6 +331,10 @@ class NeuronAttentionBase(AttentionCore):
             # every rank encodes the whole batch and caches its rows of it
             batch = hidden_states.shape[0]
             cache_arguments["seq_ids"] = torch.arange(batch, device=hidden_states.device)
+        packing = packed_sequences(kwargs, hidden_states.shape[0], self.neuron_config)
+        if packing is not None:
+            check_rotary(self.rotary_emb, self.polar_rotary_emb)
+            position_ids = packing.given_positions(position_ids, hidden_states.shape[1])
         if get_kv_per_layer:
             if past_key_value is not None:
                 raise ShapeError(
@@ -337,6 +346,7 @@ class NeuronAttentionBase(AttentionCore):
             hidden_states.shape[1],
             past_key_value,
             windowed_context_encoding_window_idx,
+            packed=packing is not None,
         )
         if position_ids is None and past_key_value is None:
             position_ids = self.parallel.prefill.first_positions(hidden_states)
@@ -360,6 +370,7 @@ class NeuronAttentionBase(AttentionCore):
             past_key_value=past_key_value,
             cache_layout=cache_layout,
             active_mask=active_mask,
+            packing=packing,
             adapter_ids=adapter_ids,
             cos_cache=cos_cache,
             sin_cache=sin_cache,
@@ -379,6 +390,10 @@ class NeuronAttentionBase(AttentionCore):
 
         if not update_kv_per_layer:
             return output
+        if packing is not None:
+            cache_arguments = update_arguments(
+                cache_arguments, packing, position_ids, self.neuron_config
+            )
         return NeuronAttentionBaseOutput(
             hidden_states=output.hidden_states,
             present_key_value=require_manager(kv_mgr, cache_arguments).update_kv_by_layer_id(

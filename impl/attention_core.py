@@ -14,7 +14,8 @@ from impl.errors import ShapeError, UnsupportedError, explain
 from impl.kernels import PrefillRule, PriorKeys, decode, native, prefill
 from impl.kv_cache import KeyValue
 from impl.layer_options import LayerOptions
-from impl.masks import active_token_mask, prior_mask, validity
+from impl.masks import active_token_mask, context_encoding_mask, prior_mask, validity
+from impl.packing import PackedSequences, side_by_side
 from impl.parallel.token_order import Run
 from impl.sink import LearnedSink
 from impl.slot_positions import (
@@ -167,6 +168,8 @@ class AttentionCore(AttentionInputs):
             Like `q`.
         """
         past = step.past_key_value
+        if step.packing is not None:
+            return self.perform_contexted_prefill(q, k, v, step, step.packing)
         if past is None:
             return self.perform_prefill(q, k, v, step.attention_mask, step.position_ids)
         prior = (past, step.attention_mask, step.active_mask, step.cache_layout)
@@ -292,6 +295,62 @@ class AttentionCore(AttentionInputs):
                 v=v_prior,
                 positions=held,
             ),
+        )
+
+    def perform_contexted_prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, step: StepInputs, packing: PackedSequences
+    ) -> Tensor:
+        """Attention of a row of packed sequences (chunked prefill), each with its own cached keys.
+
+        Args:
+            q: as in `attend`, like k and v; the batch is 1.
+            k: see q.
+            v: see q.
+            step: the step; an `attention_mask` `(1, 1, seq_len, seq_len)` narrows what lengths
+                and positions allow.
+            packing: how sequences stand in the row.
+
+        Returns:
+            Like `q`.
+
+        Raises:
+            ShapeError: a tensor that does not fit.
+        """
+        q_len = q.shape[2]
+        limits = {
+            "sliding_window": self.options.sliding_window,
+            "attention_chunk_size": self.options.attention_chunk_size,
+        }
+        at = step.position_ids
+        among = active_token_mask(step.active_mask, at, **limits) & packing.together(q_len)
+        if step.attention_mask is not None:
+            given = context_encoding_mask(
+                step.attention_mask,
+                at,
+                sliding_window=self.options.sliding_window,
+                attention_chunk_size=self.options.attention_chunk_size,
+            )
+            assert given is not None
+            among = among & given
+        sink = self.get_learned_sinks(is_prefill_stage=True)
+        if step.past_key_value is None:
+            return native.context_encoding(q, k, v, among, sink, self.score_rule)
+        k_prior, v_prior = step.past_key_value
+        sequences, slots = packing.num_queries.shape[0], v_prior.shape[2]
+        self._check_cache(k_prior, v_prior, k.expand(sequences, -1, -1, -1))
+        cached = packing.computed_context_lens
+        held = slot_positions(step.cache_layout or self.cache_layout, cached, slots)
+        seen = prior_mask(None, at, held.reshape(1, -1), **limits)
+        return native.token_generation(
+            q,
+            k,
+            v,
+            side_by_side(k_prior),
+            side_by_side(v_prior),
+            seen & packing.own_slots(q_len, slots),
+            among,
+            sink,
+            self.score_rule,
         )
 
     def compute_for_token_gen(

@@ -99,7 +99,7 @@ class _RotaryBase(nn.Module):
         """Frequencies `(pairs,)`, or `(batch, 1, pairs)` where the length of a row sets them."""
         given = self.frequencies
         inv_freq = self._constant_as("inv_freq", dtype)
-        if given.growth is None and given.long_inv_freq is None:
+        if not given.by_length:
             return inv_freq
         by_row = position_ids if position_ids.dim() == 2 else position_ids.amax(dim=0)
         lengths = (by_row.amax(dim=-1) + 1).to(dtype)[:, None, None]

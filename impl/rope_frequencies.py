@@ -47,6 +47,11 @@ class RotaryFrequencies:
         """Channels of a head that rotate, the first ones."""
         return 2 * len(self.inv_freq)
 
+    @property
+    def by_length(self) -> bool:
+        """Whether the length of a row changes its angles."""
+        return self.growth is not None or self.long_inv_freq is not None
+
     @classmethod
     def from_parameters(
         cls,

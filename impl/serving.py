@@ -1,6 +1,6 @@
-"""What this version serves: any cache, one sequence a row.
+"""What this version does not serve, and the keywords of `forward`.
 
-Everything else that is a legal request is refused here with one sentence, at construction if the
+A legal request that is not served is refused with one sentence, at construction if the
 configuration asks for it and at the call if an argument does. Nothing is approximated.
 """
 
@@ -11,11 +11,7 @@ from typing import Any
 from impl.errors import AttentionError, ConfigError, UnsupportedError, explain
 from impl.lora import LoraServingConfig
 from impl.neuron_config import NeuronConfig
-
-# Field of NeuronConfig, the values served, and what to do about any other.
-_SERVED_VALUES: tuple[tuple[str, tuple[object, ...], str], ...] = (
-    ("is_chunked_prefill", (False,), "prefill the whole prompt"),
-)
+from impl.packing import PACKING_KEYWORDS
 
 # Keyword arguments of the cache manager that pass through `forward`.
 CACHE_KEYWORDS = frozenset(
@@ -29,7 +25,7 @@ CACHE_KEYWORDS = frozenset(
         "active_block_table",
     }
 )
-FORWARD_KEYWORDS = CACHE_KEYWORDS | {"use_polar_compatible_rope"}
+FORWARD_KEYWORDS = CACHE_KEYWORDS | {"use_polar_compatible_rope", *PACKING_KEYWORDS}
 
 
 def _refuse(argument: str, rule: str, got: object, hint: str) -> None:
@@ -41,7 +37,7 @@ def check_layer_config(neuron_config: NeuronConfig) -> None:
 
     Raises:
         ConfigError: `lora_config` is of another kind.
-        UnsupportedError: a field has a value that is not served.
+        UnsupportedError: adapters on several ranks.
     """
     lora = neuron_config.lora_config
     if lora is not None and not isinstance(lora, LoraServingConfig):
@@ -55,10 +51,6 @@ def check_layer_config(neuron_config: NeuronConfig) -> None:
             f"adapters and tp_degree {neuron_config.tp_degree}",
             "merge the adapter into the weights",
         )
-    for name, served, hint in _SERVED_VALUES:
-        value = getattr(neuron_config, name)
-        if value not in served:
-            _refuse(name, f"be {served[0]!r} in this version", value, hint)
 
 
 def check_group(group: Any, num_cores_per_group: int, tp_degree: int) -> None:

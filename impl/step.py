@@ -11,6 +11,7 @@ from impl.attention_inputs import Norm
 from impl.errors import AttentionError, ShapeError, explain
 from impl.kv_cache import KeyValue
 from impl.neuron_config import NeuronConfig
+from impl.packing import PackedSequences
 from impl.slot_positions import SlotLayout
 
 PREFIX_LEN_MIN = 128
@@ -39,6 +40,7 @@ class StepInputs(NamedTuple):
         past_key_value: keys and values before this step, or None.
         cache_layout: which position each slot of them holds; None is the layer's own.
         active_mask: see `forward`.
+        packing: how sequences stand in the row, or None for one sequence a row.
         adapter_ids: see `forward`.
         cos_cache: see `forward`.
         sin_cache: see `forward`.
@@ -55,6 +57,7 @@ class StepInputs(NamedTuple):
     past_key_value: KeyValue | None = None
     cache_layout: SlotLayout | None = None
     active_mask: Tensor | None = None
+    packing: PackedSequences | None = None
     adapter_ids: Tensor | None = None
     cos_cache: Tensor | None = None
     sin_cache: Tensor | None = None
@@ -65,7 +68,12 @@ class StepInputs(NamedTuple):
 
 
 def select_phase(
-    run: NeuronConfig, q_len: int, past: KeyValue | None, window_idx: int
+    run: NeuronConfig,
+    q_len: int,
+    past: KeyValue | None,
+    window_idx: int,
+    *,
+    packed: bool = False,
 ) -> tuple[Phase, KeyValue | None]:
     """Tell prefill from decode, by static facts alone, and which cached keys the step reads.
 
@@ -74,18 +82,20 @@ def select_phase(
         q_len: tokens of the step.
         past: cached keys and values, or None.
         window_idx: `windowed_context_encoding_window_idx`; negative is no window.
+        packed: the step is a row of packed sequences.
 
     Returns:
-        Token generation if there are cached keys, but context encoding in a window of a prompt,
-        and under prefix caching from `PREFIX_LEN_MIN` tokens on; and the cached keys, None in the
-        first window, which has none before it.
+        Token generation if there are cached keys, but context encoding in a window of a prompt, of
+        packed sequences, and under prefix caching from `PREFIX_LEN_MIN` tokens on; and the cached
+        keys, None in the first window, which has none before it.
 
     Raises:
         AttentionError: a window, but none are configured.
         ShapeError: the window is too long, or a later one lacks the keys of the ones before it.
     """
     if window_idx < 0:
-        decodes = past is not None and not (run.is_prefix_caching and q_len >= PREFIX_LEN_MIN)
+        prefix = run.is_prefix_caching and q_len >= PREFIX_LEN_MIN
+        decodes = past is not None and not prefix and not packed
         return (Phase.TOKEN_GENERATION if decodes else Phase.CONTEXT_ENCODING), past
     size = run.windowed_context_encoding_size
     if size is None:

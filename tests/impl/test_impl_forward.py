@@ -397,7 +397,6 @@ def test_decode_has_its_own_sinks_only_where_the_phases_shard_unlike(
             ConfigError,
             "is_prefix_caching",
         ),
-        ({"is_chunked_prefill": True}, {}, UnsupportedError, "is_chunked_prefill"),
         ({"lora_config": {"rank": 4}}, {}, ConfigError, "LoraServingConfig or None, got dict"),
         ({}, {"num_cores_per_group": 2}, UnsupportedError, "num_cores_per_group"),
     ],
