@@ -23,6 +23,19 @@ PATHS = {
         {},
     ),
     "chunk": ({"rope_theta": 1e4, "attention_chunk_size": 4}, {"use_polar_compatible_rope": True}),
+    "dynamic": (
+        {
+            "rotary_emb": RotaryEmbedding(
+                WIDTH,
+                rope_parameters={
+                    "rope_type": "dynamic",
+                    "factor": 2.0,
+                    "original_max_position_embeddings": 4,
+                },
+            )
+        },
+        {},
+    ),
     "nope": ({"attn_temperature_tuning": True, "attn_logit_softcapping": 5.0}, {}),
 }
 

@@ -13,6 +13,7 @@ from impl import (
     apply_rotary_polar_compatible,
     apply_rotary_pos_emb,
 )
+from impl.rope_scalings import yarn_mscale
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -91,6 +92,13 @@ def test_llama3_keeps_fast_channels_and_divides_slow_ones() -> None:
 def test_yarn_attention_scaling(extra: dict[str, Any], expected: Any) -> None:
     got = RotaryFrequencies.from_parameters(64, {**YARN, **extra})
     assert math.isclose(got.attention_scaling, expected, rel_tol=1e-15)
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0, 40.0])
+@pytest.mark.parametrize("mscale", [0.707, 1.0])
+def test_deepseek_scales_scores_by_the_square_of_its_mscale(factor: float, mscale: float) -> None:
+    deepseek = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
+    assert yarn_mscale(factor, mscale) == deepseek.yarn_get_mscale(factor, mscale)
 
 
 def test_yarn_truncates_its_ramp_unless_told_not_to() -> None:

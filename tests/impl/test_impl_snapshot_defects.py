@@ -27,6 +27,11 @@ from torch import Tensor
 import impl
 from impl import KVCacheManager, L2Norm, NeuronAttentionBase, RotaryEmbedding
 from impl.masks import prior_mask
+from impl.parallel.sharding_strategy import (
+    GQA,
+    determine_sharding_strategy,
+    get_shardable_head_counts,
+)
 from impl.slot_positions import RollingSlots, first_positions, slot_positions
 from impl.strategy import Implementation
 
@@ -61,6 +66,18 @@ def test_d1_polar_rope_is_not_lost_in_a_windowed_layer() -> None:
     got = windowed(tokens(9), at >= 0, at, **POLAR).hidden_states
     assert torch.equal(got, full(tokens(9), at >= 0, at, **POLAR).hidden_states)
     assert relative_error(got, nope(tokens(9), at >= 0, at).hidden_states) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("ranks", "heads", "kv_heads", "padded"),
+    [(4, 6, 3, (8, 8)), (6, 12, 4, (12, 12)), (32, 40, 10, (64, 64)), (16, 40, 10, (48, 48))],
+)
+def test_d2_conversion_to_mha_counts_the_replicated_heads(
+    ranks: int, heads: int, kv_heads: int, padded: tuple[int, int]
+) -> None:
+    strategy = determine_sharding_strategy(ranks, kv_heads)
+    assert strategy is GQA.CONVERT_TO_MHA
+    assert get_shardable_head_counts(ranks, heads, kv_heads, strategy) == padded
 
 
 def test_d3_sinks_count_in_prefill_over_a_prefix() -> None:
