@@ -10,7 +10,6 @@ from impl.kv_cache.lines import IDLE, cache_lines
 from impl.kv_cache.manager import KeyValue, KVCacheManager
 from impl.kv_cache.paged import PagedCache, slot_mapping
 from impl.kv_cache.plan import LayerCache, kernel_cache_slots, layer_kinds
-from impl.kv_cache.token_writes import write_tokens
 
 __all__ = [
     "CODE_DTYPES",
@@ -25,5 +24,4 @@ __all__ = [
     "kernel_cache_slots",
     "layer_kinds",
     "slot_mapping",
-    "write_tokens",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from impl.errors import ShapeError, UnsupportedError, explain
 from impl.kv_cache.step import Step
-from impl.kv_cache.token_writes import write_tokens
+from impl.kv_cache.token_writes import Places, token_places, write_tokens
 from impl.slot_positions import LeftPaddedSlots, SlotLayout
 
 TILE = 128
@@ -83,21 +83,15 @@ class DenseCache:
             rows = rows[:, :, self.slots - count :] if last else rows[:, :, :count]
         return rows if lines is None else rows.index_select(0, lines.clamp(min=0))
 
-    def write(self, stored: Tensor, keys: bool, new: Tensor, step: Step) -> None:
-        """Write a step's tokens, in place.
-
-        Args:
-            stored: the stored keys or values.
-            keys: which of them.
-            new: `(batch, heads, seq_len, head_dim)`, BHSD, coded.
-            step: where they belong.
+    def places(self, step: Step) -> Places:
+        """Where a step's tokens are written; of a left-padded cache, where its moved slots are.
 
         Raises:
             ShapeError: a block table.
             UnsupportedError: slots are given where tokens are appended.
         """
         _no_table(step.block_table)
-        rows = self._rows(stored, keys)
+        positions = step.positions
         if isinstance(self.layout, LeftPaddedSlots):
             if step.scatter_index is not None:
                 raise UnsupportedError(
@@ -108,17 +102,36 @@ class DenseCache:
                         "its tokens are appended",
                     )
                 )
-            _append(rows, new, step)
-            return
-        positions = step.positions
-        if step.scatter_index is not None:
-            slots = step.scatter_index.to(torch.int64)
+            # A row of padding alone stays as it is.
+            active = (positions >= 0).any(dim=1)
+            slots = torch.arange(self.slots, device=positions.device)
+            slots = slots.expand(positions.shape[0], self.slots)
+            lines = step.lines.masked_fill(~active, -1)
+        elif step.scatter_index is not None:
+            slots = step.scatter_index.to(torch.int64).masked_fill(positions < 0, -1)
+            lines = step.lines
         else:
             newest = positions.amax(dim=1, keepdim=True)
-            stays = self.layout.stays(positions, newest)
+            stays = self.layout.stays(positions, newest) & (positions >= 0)
             slots = self.layout.slot_of(positions.clamp(min=0)).masked_fill(~stays, -1)
-        slots = slots.masked_fill(positions < 0, -1)
-        write_tokens(rows, new, step.lines[:, None].expand(positions.shape), slots)
+            lines = step.lines
+        return token_places(lines[:, None].expand(slots.shape), slots)
+
+    def write(self, stored: Tensor, keys: bool, new: Tensor, step: Step, places: Places) -> None:
+        """Write a step's tokens, in place.
+
+        Args:
+            stored: the stored keys or values.
+            keys: which of them.
+            new: `(batch, heads, seq_len, head_dim)`, BHSD, coded.
+            step: where they belong.
+            places: `places(step)`.
+        """
+        rows = self._rows(stored, keys)
+        if isinstance(self.layout, LeftPaddedSlots):
+            before = rows.index_select(0, step.lines.clamp(min=0))
+            new = torch.cat((before, new), dim=2)[:, :, -self.slots :]
+        write_tokens(rows, new, places)
 
 
 def _no_table(table: Tensor | None) -> None:
@@ -131,20 +144,3 @@ def _no_table(table: Tensor | None) -> None:
                 "set is_block_kv_layout",
             )
         )
-
-
-def _append(cache: Tensor, new: Tensor, step: Step) -> None:
-    """Move the lines of active rows left and put the step's tokens at their end, in place.
-
-    Args:
-        cache: `(lines, heads, slots, head_dim)`, BHSD.
-        new: `(batch, heads, seq_len, head_dim)`, padded on the left.
-        step: where they belong; a row of padding alone stays as it is.
-    """
-    slots = cache.shape[2]
-    lines = step.lines.clamp(min=0)
-    moved = torch.cat((cache.index_select(0, lines), new), dim=2)[:, :, -slots:]
-    active = (step.lines >= 0) & (step.positions >= 0).any(dim=1)
-    every = torch.arange(slots, device=cache.device).expand(lines.shape[0], slots)
-    to_line = torch.where(active, step.lines, -1)[:, None].expand(lines.shape[0], slots)
-    write_tokens(cache, moved, to_line, every)

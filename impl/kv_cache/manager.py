@@ -358,8 +358,9 @@ class KVCacheManager(nn.Module):
             scatter_index=scatter_index,
             block_table=block_table,
         )
+        places = cache.places(step)
         for keys, own, new in zip((True, False), stored, kv_per_layer, strict=True):
-            cache.write(own, keys, self._codec(idx, keys).encode(new), step)
+            cache.write(own, keys, self._codec(idx, keys).encode(new), step, places)
 
 
 def _check_unserved(unserved: dict[str, Any]) -> None:

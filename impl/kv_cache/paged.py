@@ -9,7 +9,7 @@ from torch import Tensor
 
 from impl.errors import ShapeError, explain
 from impl.kv_cache.step import Step
-from impl.kv_cache.token_writes import write_tokens
+from impl.kv_cache.token_writes import Places, token_places, write_tokens
 from impl.slot_positions import ContiguousSlots, SlotLayout
 
 
@@ -99,8 +99,8 @@ class PagedCache:
         gathered = by_row.transpose(1, 2).flatten(2, 3)
         return gathered if length is None else gathered[:, :, :length]
 
-    def write(self, stored: Tensor, keys: bool, new: Tensor, step: Step) -> None:
-        """Write a step's tokens, in place; arguments as in `DenseCache.write`.
+    def places(self, step: Step) -> Places:
+        """Where a step's tokens are written: block and offset.
 
         Raises:
             ShapeError: neither a slot mapping nor a block table.
@@ -112,8 +112,11 @@ class PagedCache:
             slots = slot_mapping(checked_table(step.block_table), positions, self.block_size)
         slots = slots.masked_fill(step.lines[:, None] < 0, -1)
         block = torch.div(slots, self.block_size, rounding_mode="floor")
-        offset = torch.remainder(slots, self.block_size)
-        write_tokens(self._blocks(stored), new, block, offset)
+        return token_places(block, torch.remainder(slots, self.block_size))
+
+    def write(self, stored: Tensor, keys: bool, new: Tensor, step: Step, places: Places) -> None:
+        """Write a step's tokens, in place; arguments as in `DenseCache.write`."""
+        write_tokens(self._blocks(stored), new, places)
 
 
 def slot_mapping(block_table: Tensor, position_ids: Tensor, block_size: int) -> Tensor:

@@ -54,20 +54,20 @@ def test_no_schedule_loses_or_mixes_tokens(kind: Kind, data: st.DataObject) -> N
 
 @every_kind
 def test_no_two_tokens_of_a_step_share_a_slot(kind: Kind) -> None:
-    real = impl.kv_cache.dense.write_tokens
+    real = impl.kv_cache.dense.token_places
 
-    def spy(cache: Any, new: Any, lines: torch.Tensor, slots: torch.Tensor) -> None:
+    def spy(lines: torch.Tensor, slots: torch.Tensor) -> Any:
         places = [
             place
             for place in zip(lines.flatten().tolist(), slots.flatten().tolist(), strict=True)
             if min(place) >= 0
         ]
         assert len(set(places)) == len(places)
-        real(cache, new, lines, slots)
+        return real(lines, slots)
 
     with (
-        mock.patch.object(impl.kv_cache.dense, "write_tokens", spy),
-        mock.patch.object(impl.kv_cache.paged, "write_tokens", spy),
+        mock.patch.object(impl.kv_cache.dense, "token_places", spy),
+        mock.patch.object(impl.kv_cache.paged, "token_places", spy),
     ):
         serve(kind)
 
