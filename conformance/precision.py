@@ -20,6 +20,7 @@ _ROPE_TABLES = (
     "rope_angles",
 )
 _ALL_STAGES = (*STAGES, *CALL_STAGES)
+_ADAPTERS = tuple(stage for stage in CALL_STAGES if "_lora" in stage)
 _FLOAT32_INSIDE = (
     *_ROPE_TABLES,
     "input_norm_scale",
@@ -107,10 +108,10 @@ def native(dtype: str) -> PrecisionProfile:
 
     This is the native path of `impl`: projections, norms, cos and sin, rotated heads, weights,
     attention output and projection are stored in the model's dtype, everything between in
-    float32.
+    float32, as are low-rank terms until they are added.
     """
     stores = dict(eager(dtype).stores)
-    stores |= dict.fromkeys(_SCORES + _FUSED, "float32")
+    stores |= dict.fromkeys(_SCORES + _FUSED + _ADAPTERS, "float32")
     return PrecisionProfile(
         name=f"native-{dtype}",
         reason="scores, softmax and the insides of norms and RoPE in float32; weights rounded "

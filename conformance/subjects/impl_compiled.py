@@ -10,7 +10,7 @@ import torch
 
 from conformance.subjects.base import LayerCall, LayerOutput, subject
 from conformance.subjects.impl import build_module, run_layer, unsupported
-from conformance.subjects.impl_serving import Layer
+from conformance.subjects.impl_layer import Layer
 
 
 class CompiledLayers:

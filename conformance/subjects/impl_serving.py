@@ -1,200 +1,258 @@
-"""`impl` served from a cache: every step through the module and its cache manager."""
+"""`impl` served: `NeuronAttentionBase` with `KVCacheManager`, step after step of a schedule."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import impl
-from conformance.cases import Case
 from conformance.subjects.base import Unsupported
+from conformance.subjects.impl_layer import make_layer
 from conformance.subjects.serving import ServeCall, ServeOutput, ServeStep
 from impl.slot_positions import slot_positions
 
-Layer: TypeAlias = tuple[impl.NeuronAttentionBase, dict[str, Any]]
-"""A module, and keyword arguments for its forward."""
+
+def serve(call: ServeCall) -> ServeOutput:
+    """Take every step of a call, and read the cache back by position.
+
+    Raises:
+        Unsupported: the module refuses a step or the cache; its own sentence says why.
+    """
+    try:
+        with torch.no_grad():
+            return ImplServer(call).serve()
+    except impl.UnsupportedError as error:
+        raise Unsupported(str(error)) from error
 
 
-def serving_gap(case: Case) -> str | None:
-    """Return what the module does not serve of a schedule, None if it serves it all."""
-    schedule = case.workload.schedule
-    if schedule is None:
-        return None
-    kinds = {part.kind for part in schedule.parts}
-    if "packed" in kinds:
-        return "the module packs no sequences side by side into a row"
-    if case.config.attention_chunk_size is not None and kinds & {"draft", "tree"}:
-        return "the module decodes one token a step in a chunked layer"
-    return None
+class ImplServer:
+    """A layer of the module and its cache manager, as a model server would drive them.
 
+    * A step finds no cached keys, reads none and is a prompt at once; any other reads the cache.
+    * A prompt on a cached prefix is a step of several tokens under `is_prefix_caching`; where the
+      layer has chunks, which exclude that, it is a later window of a prompt.
+    * A chain of drafts is written whole, as the module does, so that rejected ones stay behind; of
+      a tree, whose siblings share a position, only the accepted path is written.
 
-class Server:
-    """A module and its cache, taking the steps of a call.
-
-    Prompts on cached tokens are context encoding of a later window of the prompt; drafts are
-    decode steps with an `active_mask`.
-
-    Attributes:
-        lengths: `(cache_rows,)`, int64, tokens that each row holds.
+    Args:
+        call: what to serve.
     """
 
-    def __init__(self, call: ServeCall, make: Callable[..., Layer]) -> None:
+    def __init__(self, call: ServeCall) -> None:
         self.call = call
-        self.dtype = next(iter(call.weights.values())).dtype
-        self.left = call.cache.layout == "contiguous" and _only_left(call)
-        longest = max(step.hidden_states.shape[1] for step in call.steps)
-        self.module, self.keywords = make(
-            call,
-            k_cache_transposed=call.cache.layout == "transposed",
-            padding_side="left" if self.left else "right",
-            windowed_context_encoding_size=longest,
+        self.module, self.keywords = make_layer(
+            call.config,
+            call.weights,
+            positions=call.max_length,
+            run=_run_fields(call),
+            model=_model_fields(call),
+            adapters=call.adapters,
+            input_norm=call.input_norm,
         )
-        self.manager = impl.KVCacheManager(self._cache_config(), kv_scales=self._scales())
+        scales = None
+        if call.keys_as is not None and call.values_as is not None:
+            pair = call.keys_as.scale, call.values_as.scale
+            if pair[0] is not None and pair[1] is not None:
+                scales = [(pair[0], pair[1])]
+        self.manager = impl.KVCacheManager(self.module.config, kv_scales=scales)
         self.lengths = call.prior_lengths.clone()
         if call.k_prior is not None and call.v_prior is not None:
-            place = torch.arange(call.k_prior.shape[2])
-            self.manager.write_kv_by_layer_id(
-                0,
-                position_ids=torch.where(place < self.lengths[:, None], place, -1),
-                kv_per_layer=(call.k_prior, call.v_prior),
-                active_block_table=call.block_tables,
-            )
+            place = torch.arange(call.k_prior.shape[2]).expand(call.cache_rows, -1)
+            positions = place.masked_fill(place >= self.lengths[:, None], -1)
+            self._write(positions, (call.k_prior, call.v_prior), None)
 
-    def _cache_config(self) -> impl.InferenceConfig:
-        call, kind, config = self.call, self.call.cache, self.call.config
-        run: dict[str, Any] = {
-            "torch_dtype": self.dtype,
-            "batch_size": call.cache_rows,
-            "seq_len": call.max_length,
-            "k_cache_transposed": kind.layout == "transposed",
-            "padding_side": "left" if self.left else "right",
-            "is_continuous_batching": True,
-            "flash_decoding_enabled": kind.layout == "sharded",
-        }
-        if kind.layout == "paged":
-            run |= {"is_block_kv_layout": True, "is_prefix_caching": True}
-            run |= {"pa_num_blocks": call.num_blocks, "pa_block_size": kind.size}
-        if kind.layout == "rolling":
-            run["speculation_length"] = call.speculation_length
-        if call.keys_as is not None:
-            run |= {"kv_cache_quant": True, "kv_cache_quant_dtype": call.keys_as.dtype}
-        return impl.InferenceConfig(
-            neuron_config=impl.NeuronConfig(**run),
-            hidden_size=config.hidden_size,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            sliding_window=config.sliding_window if kind.layout == "rolling" else None,
-            attention_chunk_size=config.attention_chunk_size if kind.layout == "chunk" else None,
-            num_cores_per_group=kind.size if kind.layout == "sharded" else 1,
+    def serve(self) -> ServeOutput:
+        """Take every step."""
+        outputs = [self.take(step) for step in self.call.steps]
+        k, v = self._by_position()
+        return ServeOutput(outputs=outputs, k_cache=k, v_cache=v)
+
+    def take(self, step: ServeStep) -> Tensor:
+        """Take one step and return its output."""
+        if step.query_lens is not None and step.key_lens is not None:
+            return self._take_packed(step, step.query_lens, step.key_lens)
+        first = _first(step.position_ids)
+        encodes = step.kind in ("prompt", "piece") and not bool((first > 0).any())
+        window = self._window(step, encodes)
+        arguments: dict[str, Any] = {**self.keywords, **self._where(step)}
+        if encodes:
+            arguments["attention_mask"] = step.position_ids >= 0
+        elif window < 0 and step.hidden_states.shape[1] > 1:
+            arguments["active_mask"] = self._active(step)
+        tree = step.active_mask is not None and not _is_chain(step.active_mask)
+        result = self.module(
+            step.hidden_states,
+            position_ids=step.position_ids,
+            rotary_position_ids=step.rotary_position_ids,
+            residual=step.residual,
+            adapter_ids=step.adapter_ids,
+            kv_mgr=self.manager,
+            get_kv_per_layer=not encodes,
+            update_kv_per_layer=not tree,
+            windowed_context_encoding_window_idx=window,
+            idx=0,
+            **arguments,
         )
-
-    def _scales(self) -> list[tuple[Tensor, Tensor]] | None:
-        keys, values = self.call.keys_as, self.call.values_as
-        if keys is None or values is None or keys.scale is None or values.scale is None:
-            return None
-        return [(keys.scale, values.scale)]
-
-    def _table(self, rows: Tensor) -> Tensor | None:
-        """Return the block tables of cache rows; None for other caches."""
-        tables = self.call.block_tables
-        return None if tables is None else tables[rows.clamp(min=0)]
-
-    def take(self, step: ServeStep, norm: Any) -> Tensor:
-        """Take one step and write its tokens.
-
-        Raises:
-            Unsupported: a step that the module has no form of.
-        """
-        if step.kind == "packed" or step.residual is not None or step.adapter_ids is not None:
-            raise Unsupported(f"the module has no such step: {step.kind}")
-        ids = torch.arange(self.call.cache_rows) if step.seq_ids is None else step.seq_ids
-        table = self._table(ids)
-        call: dict[str, Any] = {"position_ids": step.position_ids, "rmsnorm": norm, "idx": 0}
-        call |= {"rotary_position_ids": step.rotary_position_ids, "kv_mgr": self.manager}
-        call |= {"seq_ids": step.seq_ids, "active_block_table": table, **self.keywords}
-        if self._finds_tokens(step, ids):
-            call |= {"get_kv_per_layer": True, **self._phase(step)}
+        if tree:
+            kept = step.position_ids.masked_fill(~step.kept, -1)
+            self._write(kept, result.present_key_value, step.seq_ids)
         else:
-            call["attention_mask"] = step.position_ids >= 0
-        seen = step.active_mask
-        as_a_chain = seen is None or torch.equal(seen, seen.new_ones(seen.shape).tril())
-        result = self.module(step.hidden_states, update_kv_per_layer=as_a_chain, **call)
-        if as_a_chain:
             self.manager.store(0, result.present_key_value)
-        else:
-            # siblings of a tree share a position, so only the accepted path may be written
-            self.manager.write_kv_by_layer_id(
-                0,
-                position_ids=torch.where(step.kept, step.position_ids, -1),
-                kv_per_layer=result.present_key_value,
-                seq_ids=step.seq_ids,
-                active_block_table=table,
-            )
-        newest = torch.where(step.kept, step.position_ids, -1).amax(dim=1)
-        for row, last in zip(ids.tolist(), newest.tolist(), strict=True):
-            if row >= 0 and last >= 0:
-                self.lengths[row] = last + 1
+        self._count(step)
         output: Tensor = result.hidden_states
         return output
 
-    def _finds_tokens(self, step: ServeStep, ids: Tensor) -> bool:
-        """Whether the step decodes, or some of its rows continue what is cached."""
-        if step.kind in ("decode", "drafts"):
-            return True
-        first = torch.where(step.position_ids < 0, self.call.max_length, step.position_ids)
-        return bool(((first.amin(dim=1) > 0) & (ids >= 0) & (step.position_ids >= 0).any(1)).any())
+    def _take_packed(
+        self, step: ServeStep, query_lens: tuple[int, ...], key_lens: tuple[int, ...]
+    ) -> Tensor:
+        """Take a step that holds sequences side by side."""
+        rows = range(len(key_lens)) if step.seq_ids is None else step.seq_ids.tolist()
+        queries, keys = torch.tensor(query_lens), torch.tensor(key_lens)
+        result = self.module(
+            step.hidden_states,
+            position_ids=step.position_ids,
+            residual=step.residual,
+            kv_mgr=self.manager,
+            get_kv_per_layer=True,
+            update_kv_per_layer=True,
+            idx=0,
+            num_queries=queries,
+            computed_context_lens=keys - queries,
+            active_block_table=self._tables(step.seq_ids),
+            **self.keywords,
+        )
+        self.manager.store(0, result.present_key_value)
+        for row, length in zip(rows, key_lens, strict=True):
+            self.lengths[row] = length
+        output: Tensor = result.hidden_states
+        return output
 
-    def _phase(self, step: ServeStep) -> dict[str, Any]:
-        """Return what tells the module the phase of a step that reads the cache."""
-        if step.kind in ("prompt", "piece"):
-            return {"windowed_context_encoding_window_idx": max(step.piece, 1)}
-        if step.active_mask is None or step.hidden_states.shape[1] == 1:
-            return {}
-        return {"active_mask": step.active_mask[None, None]}
+    def _window(self, step: ServeStep, encodes: bool) -> int:
+        """Which window of a prompt the step is, -1 if the module must not know of any."""
+        if step.kind == "piece":
+            return step.piece if encodes else max(step.piece, 1)
+        chunked = self.call.config.attention_chunk_size is not None
+        return 1 if chunked and step.kind == "prompt" and not encodes else -1
 
-    def by_position(self) -> tuple[Tensor, Tensor]:
-        """Return what the cache holds, `(cache_rows, heads, max_length, head_dim)`."""
-        rows = torch.arange(self.call.cache_rows)
-        k, v = self.manager.get_kv_by_layer_id(0, active_block_table=self._table(rows))
+    def _active(self, step: ServeStep) -> Tensor:
+        tokens = step.hidden_states.shape[1]
+        mask = step.active_mask
+        if mask is None:
+            mask = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+        return mask[None, None]
+
+    def _where(self, step: ServeStep) -> dict[str, Any]:
+        """Keywords that say where the step's sequences are kept."""
+        keywords: dict[str, Any] = {}
+        if step.seq_ids is not None:
+            keywords["seq_ids"] = step.seq_ids
+        if self.call.block_tables is not None:
+            keywords["active_block_table"] = self._tables(step.seq_ids)
+        return keywords
+
+    def _tables(self, seq_ids: Tensor | None) -> Tensor:
+        tables = self.call.block_tables
+        assert tables is not None
+        return tables if seq_ids is None else tables[seq_ids.clamp(min=0)]
+
+    def _write(self, positions: Tensor, new: tuple[Tensor, Tensor], seq_ids: Tensor | None) -> None:
+        table = None if self.call.block_tables is None else self._tables(seq_ids)
+        updated = self.manager.update_kv_by_layer_id(
+            0,
+            position_ids=positions,
+            kv_per_layer=new,
+            seq_ids=seq_ids,
+            active_block_table=table,
+        )
+        self.manager.store(0, updated)
+
+    def _count(self, step: ServeStep) -> None:
+        """Note how many tokens each sequence has now."""
+        newest = step.position_ids.masked_fill(~step.kept, -1).amax(dim=1)
+        for row, position in enumerate(newest.tolist()):
+            sequence = row if step.seq_ids is None else int(step.seq_ids[row])
+            if sequence >= 0 and position >= 0:
+                self.lengths[sequence] = position + 1
+
+    def _by_position(self) -> tuple[Tensor, Tensor]:
+        table = self.call.block_tables
+        k, v = self.manager.get_kv_by_layer_id(0, active_block_table=table)
         if self.manager.caches[0].k_transposed:
             k = k.transpose(2, 3)
         held = slot_positions(self.manager.layout(0), self.lengths, v.shape[2])
-        row, slot = torch.nonzero(held >= 0, as_tuple=True)
+        rows, slots = torch.nonzero(held >= 0, as_tuple=True)
         found = []
         for stored in (k, v):
-            heads, width = stored.shape[1], stored.shape[3]
-            place = stored.new_zeros(len(rows), heads, self.call.max_length, width)
-            place[row, :, held[row, slot]] = stored[row, :, slot]
-            found.append(place)
+            shape = (stored.shape[0], stored.shape[1], self.call.max_length, stored.shape[3])
+            by_position = stored.new_zeros(shape)
+            by_position[rows, :, held[rows, slots]] = stored[rows, :, slots]
+            found.append(by_position)
         return found[0], found[1]
 
 
-def _only_left(call: ServeCall) -> bool:
-    """Whether every prompt starts sequences anew and is padded on the left, if at all."""
-    prompts = [step for step in call.steps if step.kind in ("prompt", "piece")]
-    padded = any(bool((step.position_ids[:, 0] < 0).any()) for step in prompts)
-    whole = all(
-        step.kind in ("prompt", "decode")
-        and (step.kind == "decode" or bool((step.position_ids.amax(dim=1) >= 0).all()))
-        for step in call.steps
-    )
-    return padded and whole and len(prompts) == 1 and call.k_prior is None
+def _first(positions: Tensor) -> Tensor:
+    """Return each row's first position, `(batch,)`, 0 for a row of padding alone."""
+    beyond = torch.iinfo(torch.int64).max
+    first = positions.masked_fill(positions < 0, beyond).amin(dim=1)
+    return first.masked_fill(first == beyond, 0)
 
 
-def serve(call: ServeCall, make: Callable[..., Layer], norm: Any) -> ServeOutput:
-    """Serve a schedule.
+def _is_chain(mask: Tensor) -> bool:
+    return torch.equal(mask, torch.ones_like(mask).tril())
 
-    Args:
-        call: the schedule.
-        make: builds the module of a call; takes fields of `impl.NeuronConfig` besides.
-        norm: norm of the input, or None.
-    """
-    server = Server(call, make)
-    with torch.no_grad():
-        outputs = [server.take(step, norm) for step in call.steps]
-        k, v = server.by_position()
-    return ServeOutput(outputs=outputs, k_cache=k, v_cache=v)
+
+def _run_fields(call: ServeCall) -> dict[str, Any]:
+    """Return how the module is run: its cache, and what kinds of step it will see."""
+    kind = call.cache
+    chunked = call.config.attention_chunk_size is not None
+    packed = any(step.kind == "packed" for step in call.steps)
+    fields: dict[str, Any] = {
+        "batch_size": call.cache_rows,
+        "seq_len": call.max_length,
+        "is_continuous_batching": any(step.seq_ids is not None for step in call.steps),
+        "is_prefix_caching": not (chunked or packed) and any(map(_on_prefix, call.steps)),
+        "is_chunked_prefill": packed,
+        "k_cache_transposed": kind.layout == "transposed",
+        "flash_decoding_enabled": kind.layout == "sharded",
+    }
+    windows = [step.piece_size for step in call.steps if step.kind == "piece"]
+    if chunked:
+        windows += [step.hidden_states.shape[1] for step in call.steps if _on_prefix(step)]
+    if windows:
+        fields["windowed_context_encoding_size"] = max(windows)
+    if call.speculation_length > 1:
+        fields["speculation_length"] = call.speculation_length
+    if kind.layout == "contiguous" and any(map(_pads_left, call.steps)):
+        fields["padding_side"] = "left"
+    if kind.layout == "paged":
+        fields |= {
+            "is_block_kv_layout": True,
+            "pa_num_blocks": call.num_blocks,
+            "pa_block_size": kind.size,
+        }
+    if call.keys_as is not None:
+        fields |= {"kv_cache_quant": True, "kv_cache_quant_dtype": call.keys_as.dtype}
+    return fields
+
+
+def _on_prefix(step: ServeStep) -> bool:
+    return step.kind == "prompt" and bool((_first(step.position_ids) > 0).any())
+
+
+def _pads_left(step: ServeStep) -> bool:
+    positions = step.position_ids
+    return bool(((positions[:, :-1] < 0) & (positions[:, 1:] >= 0)).any())
+
+
+def _model_fields(call: ServeCall) -> dict[str, Any]:
+    """Return what of the model gives its cache another kind than contiguous."""
+    layout = call.cache.layout
+    if layout == "rolling":
+        return {"sliding_window": call.config.sliding_window}
+    if layout == "chunk":
+        return {"attention_chunk_size": call.config.attention_chunk_size}
+    if layout == "sharded":
+        return {"num_cores_per_group": call.cache.size}
+    return {}

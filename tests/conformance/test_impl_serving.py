@@ -39,7 +39,15 @@ def served_cases() -> list[Case]:
 @pytest.mark.parametrize("case", served_cases(), ids=lambda case: case.id)
 def test_impl_serves_what_golden_does(case: Case) -> None:
     record = judge_case(case, IMPL)
-    assert record.verdict == "CONFORMS", record.reason
+    drafts_in_chunks = "chunked" in case.features and "speculation" in case.features
+    assert record.verdict == ("UNSUPPORTED" if drafts_in_chunks else "CONFORMS"), record.reason
+
+
+def test_module_says_why_it_takes_no_drafts_in_a_chunked_layer() -> None:
+    case = parse(f"{_CHUNK}/serve-bf16-b2-kv0-contiguous-prompt9_5.draft3keep1-gaussian-seed0")
+    record = judge_case(case, IMPL)
+    assert record.verdict == "UNSUPPORTED"
+    assert "speculation is not defined across a chunk's end" in record.reason
 
 
 def test_impl_claims_every_cache() -> None:

@@ -90,17 +90,12 @@ def test_false_claim_is_refused_where_it_is_made(claim: dict[str, Any], says: st
         Subject(name="mine", function=lambda call: call, **claim)
 
 
-UNCLAIMED = {"EAGLE-3 width", "LoRA", "fused residual"}
-"""Features of the matrix that impl does not claim."""
-
-
-def test_impl_claims_every_case_of_every_tier_but_for_named_features() -> None:
+def test_impl_claims_every_case_of_every_tier() -> None:
     loaded = load_subject("impl")
     for tier in TIERS:
-        for suite in ("features", "presets"):
+        for suite in ("features", "serving", "presets"):
             for case in cases_for(tier, suite):
-                claimed = loaded.unsupported(case) is None
-                assert claimed != bool(UNCLAIMED & set(case.features)), case.id
+                assert loaded.unsupported(case) is None, case.id
 
 
 @pytest.mark.parametrize(
