@@ -1,0 +1,153 @@
+"""`ParallelWorkload`: one layer on one mesh of ranks, a prompt and the tokens after it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from conformance.cases import Case, Workload
+from conformance.errors import UsageError
+from conformance.inputs import draw_layer
+from conformance.parallel.stages import check_stages
+from golden import Array, AttentionConfig, AttentionWeights, GoldenError
+from golden.sharding import Parallelism
+from golden.sharding.rules import check_decode, check_layer, check_prefill
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelWorkload:
+    """One thing to judge many ranks on: call 0 is the prompt, calls 1 and on a token each.
+
+    Attributes:
+        config: the whole layer.
+        parallelism: how it is spread. A reduction dtype is part of what a subject claims, not of
+            what is right: golden adds in float64.
+        lengths: tokens of each row's prompt; shorter rows are padded on the right.
+        steps: tokens generated one after the other behind the prompt.
+        dtype: of the ranks' tensors; inputs are exact in it.
+        regime: how inputs are drawn.
+        seed: of the draw.
+        stages: intermediates to judge on every rank, of `conformance.parallel.stages.OBSERVABLE`.
+
+    Raises:
+        UsageError: the layer cannot be spread so, or a field is none.
+    """
+
+    config: AttentionConfig
+    parallelism: Parallelism
+    lengths: tuple[int, ...]
+    steps: int = 0
+    dtype: str = "float32"
+    regime: str = "gaussian"
+    seed: int = 0
+    stages: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise UsageError(f"steps must not be negative, got {self.steps}")
+        check_stages(self.stages)
+        whole = self.whole  # checks lengths, dtype, regime and seed
+        try:
+            check_layer(self.config, self.parallelism)
+            check_prefill(
+                self.config, self.parallelism, batch=whole.workload.batch, q_len=self.q_len
+            )
+            if self.steps:
+                check_decode(self.parallelism, batch=whole.workload.batch)
+        except GoldenError as error:
+            raise UsageError(str(error)) from error
+
+    @property
+    def whole(self) -> Case:
+        """The same layer and tokens as one prompt on one rank: what inputs are drawn for."""
+        return Case(
+            config=self.config,
+            workload=Workload(
+                phase="cte", lengths=tuple(length + self.steps for length in self.lengths)
+            ),
+            dtype=self.dtype,
+            regime=self.regime,
+            seed=self.seed,
+        )
+
+    @property
+    def q_len(self) -> int:
+        """Tokens of the prompt call, padding included."""
+        return max(self.lengths)
+
+    @property
+    def calls(self) -> int:
+        """The prompt and the steps."""
+        return 1 + self.steps
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return self.parallelism.tp_degree
+
+    @property
+    def id(self) -> str:
+        """Readable name, `<layer>/<mesh>/<workload>`."""
+        layer, workload = self.whole.id.split("/")
+        behind = f"-behind{self.steps}" if self.steps else ""
+        return f"{layer}/{mesh_id(self.parallelism)}/{workload}{behind}"
+
+
+def mesh_id(parallelism: Parallelism) -> str:
+    """Spell out what differs from one rank: `tp8-cp4-dp2-sp-strided`."""
+    given: dict[str, Any] = {
+        "cp": parallelism.cp_degree,
+        "dp": parallelism.attention_dp_degree,
+        "cores": parallelism.cores_per_group,
+    }
+    tokens = [f"tp{parallelism.tp_degree}"]
+    tokens += [f"{name}{degree}" for name, degree in given.items() if degree > 1]
+    tokens += [
+        name
+        for name, on in {
+            "sp": parallelism.sequence_parallel,
+            "strided": parallelism.strided,
+            "ring": parallelism.kv_exchange == "ring",
+            "mha": parallelism.strategy == "convert-to-mha",
+        }.items()
+        if on
+    ]
+    if parallelism.ep_dispatch != "AR_AG":
+        tokens.append(parallelism.ep_dispatch.replace("_", "").lower())
+    if parallelism.interleave != "none":
+        tokens.append(parallelism.interleave.replace("_", ""))
+    if parallelism.eight_by_eight != "trn2":
+        tokens.append(parallelism.eight_by_eight)
+    if parallelism.reduce_dtype is not None:
+        tokens.append(re.sub(r"[^a-z0-9]", "", f"reduce{parallelism.reduce_dtype}"))
+    return "-".join(tokens)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class WorkloadInputs:
+    """Inputs of a parallel case, float64, exact in its dtype.
+
+    Attributes:
+        weights: of the whole layer.
+        hidden_states: per call, `(batch, tokens of the call, hidden_size)`, whole and in order.
+        position_ids: per call, `(batch, tokens of the call)`, int64, -1 for padding.
+    """
+
+    weights: AttentionWeights
+    hidden_states: tuple[Array, ...]
+    position_ids: tuple[NDArray[np.int64], ...]
+
+
+def draw_workload(workload: ParallelWorkload) -> WorkloadInputs:
+    """Draw the inputs of a parallel case: a row's tokens are those of one longer prompt."""
+    drawn = draw_layer(workload.whole)
+    lengths, slots = np.array(workload.lengths)[:, None], np.arange(workload.q_len)
+    places = [np.where(slots < lengths, slots, -1)]
+    places += [lengths + step for step in range(workload.steps)]
+    rows = np.arange(len(workload.lengths))[:, None]
+    hidden = tuple(drawn.hidden_states[rows, np.maximum(at, 0)] for at in places)
+    return WorkloadInputs(weights=drawn.weights, hidden_states=hidden, position_ids=tuple(places))
