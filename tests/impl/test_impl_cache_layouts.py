@@ -259,7 +259,9 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("run", "config", "error", "words"), REFUSED)
+@pytest.mark.parametrize(
+    ("run", "config", "error", "words"), REFUSED, ids=[refused[3] for refused in REFUSED]
+)
 def test_caches_that_cannot_be_are_refused(
     run: dict[str, Any], config: dict[str, Any], error: type[Exception], words: str
 ) -> None:

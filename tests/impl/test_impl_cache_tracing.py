@@ -80,6 +80,23 @@ def test_a_step_compiles_as_one_graph_and_computes_the_same(name: str) -> None:
         assert float(stored.float().abs().max()) == 0, "an update changed the cache itself"
 
 
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_step_lowers_to_stablehlo_and_computes_the_same(name: str) -> None:
+    pytest.importorskip("torch_mlir", reason="the extra stablehlo is not installed")
+    pytest.importorskip("jaxlib", reason="the extra stablehlo is not installed")
+    from conformance.stablehlo import Program, StableHLOBackend
+
+    programs: list[Program] = []
+    step, given = Step(KINDS[name]), arguments(KINDS[name], 2)
+    torch._dynamo.reset()
+    backend = StableHLOBackend(programs.append)
+    compiled = torch.compile(step, backend=backend, fullgraph=True, dynamic=False)
+    for got, expected in zip(compiled(*given), step(*given), strict=True):
+        assert torch.equal(got.float(), expected.float())
+    (program,) = programs
+    assert program.is_static
+
+
 @every_kind
 def test_a_step_runs_on_fake_tensors(kind: Kind) -> None:
     step = Step(kind)
