@@ -1,6 +1,7 @@
 """Layers with quantised and oddly sized caches, and the public snapshot's defects with caches."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -289,3 +290,15 @@ def test_a_served_step_compiles_as_one_graph(name: str) -> None:
     assert torch.equal(got.hidden_states, expected.hidden_states)
     for a, b in zip(got.present_key_value, expected.present_key_value, strict=True):
         assert torch.equal(a.double().nan_to_num(9.0), b.double().nan_to_num(9.0))
+
+
+def test_the_readme_serves_a_window_from_127_slots() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (block,) = [part for part in text.split("```python")[1:] if "KVCacheManager(config)" in part]
+    names: dict[str, Any] = {}
+    exec(block.partition("```")[0], names)
+    k, v = names["cache"].past_key_values
+    assert k.shape == v.shape == (4, 4, 127, 64)
+    assert names["step"].hidden_states.shape == (2, 1, 1024)
+    used = (k != 0).any(dim=(1, 3))
+    assert used.tolist() == [[line in (0, 2)] * 127 for line in range(4)]
