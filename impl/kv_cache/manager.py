@@ -190,7 +190,8 @@ class KVCacheManager(nn.Module):
 
         Of a prompt longer than the layer's cache the tokens stay that later ones can see. A token
         that must not be cached (padding, a rejected draft) has a negative position. Tokens of one
-        row must not share a position.
+        row must not share a position. Of a rolling cache `speculation_length` must cover the step:
+        more rejected drafts than its ring has room for have overwritten tokens still in reach.
 
         Args:
             idx: the layer.

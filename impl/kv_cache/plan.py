@@ -22,7 +22,7 @@ from impl.slot_positions import (
 
 LayerCache: TypeAlias = DenseCache | PagedCache
 
-LAYER_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
 
 def kernel_cache_slots(slots: int, multiple: int = TILE) -> int:
@@ -41,33 +41,29 @@ def layer_kinds(config: InferenceConfig) -> tuple[str, ...]:
     Raises:
         ConfigError: an unknown kind, or one without its window or chunk.
     """
-    window, chunk = config.sliding_window, config.attention_chunk_size
-    kinds: Sequence[str]
-    if config.layer_types is not None:
-        kinds = config.layer_types
-    elif window is not None and chunk is not None:
-        raise ConfigError(
-            explain(
-                "layer_types",
-                "be given with sliding_window and attention_chunk_size",
-                None,
-                "a layer is windowed or chunked",
+    needed = {
+        SLIDING: ("sliding_window", config.sliding_window),
+        CHUNKED: ("attention_chunk_size", config.attention_chunk_size),
+    }
+    if config.layer_types is None:
+        given = [kind for kind, (_, size) in needed.items() if size is not None]
+        if len(given) > 1:
+            raise ConfigError(
+                explain(
+                    "layer_types",
+                    "be given with sliding_window and attention_chunk_size",
+                    None,
+                    "a layer is windowed or chunked",
+                )
             )
-        )
-    else:
-        alike = LAYER_KINDS[0]
-        alike = LAYER_KINDS[1] if window is not None else alike
-        alike = LAYER_KINDS[2] if chunk is not None else alike
-        kinds = [alike] * config.num_hidden_layers
-    needed = {LAYER_KINDS[1]: ("sliding_window", window)}
-    needed[LAYER_KINDS[2]] = ("attention_chunk_size", chunk)
-    for kind in kinds:
-        if kind not in LAYER_KINDS:
-            raise ConfigError(explain("layer_types", f"be among {LAYER_KINDS}", kind))
-        name, value = needed.get(kind, ("", 1))
-        if value is None:
+        return tuple(given or [FULL]) * config.num_hidden_layers
+    for kind in config.layer_types:
+        if kind not in (FULL, *needed):
+            raise ConfigError(explain("layer_types", f"be among {(FULL, *needed)}", kind))
+        name, size = needed.get(kind, ("", 1))
+        if size is None:
             raise ConfigError(explain(name, f"be given for a layer of {kind}", None))
-    return tuple(kinds)
+    return tuple(config.layer_types)
 
 
 def plan_caches(
@@ -126,10 +122,10 @@ def _dense(
 
 def _layout(config: InferenceConfig, kind: str, core: int | None) -> SlotLayout:
     run = config.neuron_config
-    if kind == LAYER_KINDS[1]:
+    if kind == SLIDING:
         assert config.sliding_window is not None
         return RollingSlots.of(config.sliding_window, run.speculation_length)
-    if kind == LAYER_KINDS[2]:
+    if kind == CHUNKED:
         assert config.attention_chunk_size is not None
         return ChunkSlots(config.attention_chunk_size)
     if run.flash_decoding_enabled:
@@ -168,7 +164,7 @@ def _check(run: NeuronConfig, kinds: Sequence[str]) -> None:
     left = run.padding_side == "left"
     refused = (
         (
-            drafts and LAYER_KINDS[2] in kinds,
+            drafts and CHUNKED in kinds,
             "speculation_length",
             "be at most 1 with attention chunks",
             run.speculation_length,
