@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from impl import state_dict as checkpoints
-from impl.attention_core import AttentionCore
-from impl.attention_inputs import Norm, Rotary
+from impl.attention_inputs import Norm
+from impl.attention_layer import AttentionLayer
+from impl.attention_rotary import Rotary
 from impl.config import InferenceConfig
-from impl.errors import ShapeError, UnsupportedError, explain
+from impl.errors import ShapeError, explain
 from impl.forward_arguments import (
     check_active_mask,
     check_hidden_states,
@@ -21,20 +22,18 @@ from impl.forward_arguments import (
     read_cache,
     require_manager,
 )
-from impl.gqa import GroupQueryAttention_O
 from impl.kv_cache import KeyValue, KVCacheManager
 from impl.layer_options import LayerOptions
 from impl.norms import QKNormPlacement, QKNormScope
 from impl.output import NeuronAttentionBaseOutput
 from impl.packing import check_rotary, packed_sequences, update_arguments
-from impl.parallel.layer import LayerParallel, PhaseHeads
-from impl.parallel.phases import DecodePhase, PrefillPhase
+from impl.parallel.layer import LayerParallel
 from impl.parallel.sharding_strategy import GQA
 from impl.serving import CACHE_KEYWORDS, check_group, check_keywords, check_layer_config
 from impl.step import Phase, StepInputs, select_phase
 
 
-class NeuronAttentionBase(AttentionCore):
+class NeuronAttentionBase(AttentionLayer):
     """Grouped-query attention with everything NxD Inference's module can be configured to do.
 
     Order of operations: fused RMS norm (if passed), q/k/v projection with bias, clip, weightless
@@ -162,6 +161,8 @@ class NeuronAttentionBase(AttentionCore):
         super().__init__(
             config,
             options,
+            o_bias=o_bias,
+            o_proj_layer_name=o_proj_layer_name,
             rotary_emb=rotary_emb,
             rope_theta=rope_theta,
             use_scaled_rope=use_scaled_rope,
@@ -184,35 +185,7 @@ class NeuronAttentionBase(AttentionCore):
         self.is_pre_global_attn_layer = is_pre_global_attn_layer and not both
         self.is_post_global_attn_layer = is_post_global_attn_layer and not both
         self.optimize_interleave_attn = optimize_interleave_attn and not both
-        self.o_bias = o_bias
-        self.o_proj_layer_name = o_proj_layer_name
-        parallel = self.parallel
-        if parallel.shares_weights:
-            self.o_proj = self._make_output(parallel.prefill_heads, parallel.prefill)
-        else:
-            self.cte_o_proj = self._make_output(parallel.prefill_heads, parallel.prefill)
-            self.tkg_o_proj = self._make_output(parallel.decode_heads, parallel.decode)
         self.register_load_state_dict_pre_hook(_adapt_state_dict)  # type: ignore[no-untyped-call]
-
-    def _make_output(
-        self, heads: PhaseHeads, phase: PrefillPhase | DecodePhase
-    ) -> GroupQueryAttention_O:
-        return GroupQueryAttention_O(
-            self.hidden_size,
-            self.head_dim,
-            len(heads.query),
-            dtype=self.torch_dtype,
-            bias=self.o_bias,
-            layer_name=self.o_proj_layer_name,
-            group=phase.stage.tp,
-            reduce_dtype=self.neuron_config.rpl_reduce_dtype,
-        )
-
-    def get_o_proj(self, is_prefill_stage: bool) -> GroupQueryAttention_O:
-        """Output projection of a phase: one for both, or `cte_o_proj` and `tkg_o_proj`."""
-        if self.parallel.shares_weights:
-            return self.o_proj
-        return self.cte_o_proj if is_prefill_stage else self.tkg_o_proj
 
     def forward(
         self,
@@ -426,77 +399,6 @@ class NeuronAttentionBase(AttentionCore):
         if strict:
             checkpoints.check_keys(report.missing_keys, report.unexpected_keys)
         return report
-
-    def standard_causal_attention_forward(self, step: StepInputs) -> NeuronAttentionBaseOutput:
-        """Forward of a full layer."""
-        return self._layer_forward(step)
-
-    def windowed_attention_forward(self, step: StepInputs) -> NeuronAttentionBaseOutput:
-        """Forward of a layer with `sliding_window`."""
-        return self._layer_forward(step)
-
-    def chunked_attention_forward(self, step: StepInputs) -> NeuronAttentionBaseOutput:
-        """Forward of a layer with `attention_chunk_size`; decodes one token a step."""
-        q_len = step.hidden_states.shape[1]
-        if step.phase is Phase.TOKEN_GENERATION and q_len > 1:
-            raise UnsupportedError(
-                explain(
-                    "hidden_states",
-                    "hold one token in a decode step of a chunked layer",
-                    q_len,
-                    "speculation is not defined across a chunk's end",
-                )
-            )
-        return self._layer_forward(step)
-
-    def chunked_attention_with_context_parallel_forward(
-        self, step: StepInputs
-    ) -> NeuronAttentionBaseOutput:
-        """Forward of a chunked layer under context parallelism, which cuts each chunk."""
-        return self.chunked_attention_forward(step)
-
-    def _layer_forward(self, step: StepInputs) -> NeuronAttentionBaseOutput:
-        hidden_states, residual = step.hidden_states, step.residual
-        if residual is not None and self.fuses_input:
-            hidden_states = residual = hidden_states + residual
-        hidden_states = hidden_states.to(self.torch_dtype)
-        positions, rotary_positions = step.position_ids, step.rotary_position_ids
-        encodes = step.phase is Phase.CONTEXT_ENCODING
-        phase = self.parallel.prefill if encodes else self.parallel.decode
-        if isinstance(phase, PrefillPhase):
-            hidden_states = phase.enter(hidden_states)
-            positions = phase.tokens(positions, 1)
-            if rotary_positions is not None:
-                rotary_positions = phase.tokens(rotary_positions, rotary_positions.dim() - 1)
-        q, k, v, cos_cache, sin_cache = self.prep_qkv_tensors(
-            hidden_states,
-            positions,
-            cos_cache=step.cos_cache,
-            sin_cache=step.sin_cache,
-            rmsnorm=step.rmsnorm,
-            rotary_position_ids=rotary_positions,
-            use_polar_compatible_rope=step.use_polar_compatible_rope,
-            is_prefill_stage=encodes,
-            adapter_ids=step.adapter_ids,
-        )
-        if isinstance(phase, PrefillPhase):
-            k, v = phase.gather_keys(k, v)
-        merged = self.attend(step, q, k, v).transpose(1, 2).flatten(2)
-        output = self.get_o_proj(encodes)(merged, phase.reduce)
-        if self.lora is not None:
-            output = self.lora.add(merged, step.adapter_ids, "o_proj", output)
-        output = output.to(step.hidden_states.dtype)
-        if isinstance(phase, PrefillPhase):
-            k, v = self.parallel.for_cache(k), self.parallel.for_cache(v)
-            if phase.ends_a_row and residual is not None:
-                output, residual = output + residual, None
-        return NeuronAttentionBaseOutput(
-            hidden_states=phase.leave(output),
-            present_key_value=(k, v),
-            cos_cache=cos_cache,
-            sin_cache=sin_cache,
-            residual=residual,
-        )
 
 
 def _adapt_state_dict(

@@ -1,157 +1,26 @@
-"""From queries, keys and values to the heads' outputs: masks, sinks, kernel choice, both phases."""
+"""From queries, keys and values to the heads' outputs: masks and kernels of every kind of step."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from impl.attention_inputs import AttentionInputs
-from impl.config import InferenceConfig
+from impl.attention_setup import AttentionSetup
 from impl.errors import ShapeError, UnsupportedError, explain
-from impl.kernels import PrefillRule, PriorKeys, decode, native, prefill
+from impl.kernels import PriorKeys, decode, native, prefill
 from impl.kv_cache import KeyValue
-from impl.layer_options import LayerOptions
 from impl.masks import active_token_mask, context_encoding_mask, prior_mask, validity
 from impl.packing import PackedSequences, side_by_side
 from impl.parallel.token_order import Run
-from impl.sink import LearnedSink
-from impl.slot_positions import (
-    NOWHERE,
-    ContiguousSlots,
-    LeftPaddedSlots,
-    SlotLayout,
-    first_positions,
-    slot_positions,
-)
+from impl.slot_positions import NOWHERE, SlotLayout, first_positions, slot_positions
 from impl.step import Phase, StepInputs
-from impl.strategy import (
-    FlashAttentionStrategy,
-    Implementation,
-    KernelChoice,
-    get_flash_attention_strategy,
-    resolve_decode_kernel,
-    resolve_kernel,
-    warn_of_unbound_kernels,
-)
+from impl.strategy import Implementation, resolve_decode_kernel
 
 
-class AttentionCore(AttentionInputs):
-    """Attention proper, of a prefill step and of a decode step.
-
-    Attributes:
-        cache_layout: which position each slot of `past_key_value` holds.
-
-    Args:
-        config: the model's configuration.
-        options: the layer's numeric options.
-        **inputs: as `AttentionInputs`.
-    """
-
-    def __init__(self, config: InferenceConfig, options: LayerOptions, **inputs: Any) -> None:
-        super().__init__(config, options, **inputs)
-        run = config.neuron_config
-        self.tp_degree, self.cp_degree = run.tp_degree, run.cp_degree
-        self.dp_degree = run.attention_dp_degree
-        self.padding_side = run.padding_side
-        self.softmax_scale = options.divisor
-        self.sliding_window = options.sliding_window
-        self.learned_sinks_size = options.learned_sinks_size
-        # A windowed layer keeps its keys as rows, as its cache does.
-        self.k_cache_transposed = run.k_cache_transposed and options.sliding_window is None
-        left = run.padding_side == "left"
-        self.cache_layout: SlotLayout = LeftPaddedSlots() if left else ContiguousSlots()
-        self.score_rule = native.ScoreRule(
-            divisor=options.divisor, softcap=options.attn_logit_softcapping
-        )
-        self.prefill_rule = PrefillRule(
-            score=self.score_rule,
-            sliding_window=options.sliding_window,
-            attention_chunk_size=options.attention_chunk_size,
-            padding_side=run.padding_side,
-        )
-        self._init_sinks()
-        warn_of_unbound_kernels(run)
-
-    def _init_sinks(self) -> None:
-        """One sink parameter, and a second one for decode where the two phases shard unlike."""
-        self.learned_sinks: LearnedSink | None = None
-        self.tkg_learned_sinks: LearnedSink | None = None
-        if self.learned_sinks_size is None:
-            return
-        size, heads, dtype = self.learned_sinks_size, self.num_heads, self.torch_dtype
-        self.learned_sinks = LearnedSink(size, heads, dtype, self.tp_degree // self.cp_degree)
-        if self.cp_degree != self.dp_degree:
-            self.tkg_learned_sinks = LearnedSink(
-                size, heads, dtype, self.tp_degree // self.dp_degree
-            )
-
-    def get_learned_sinks(self, is_prefill_stage: bool | None = None) -> Tensor | None:
-        """Sink logits of a phase.
-
-        Args:
-            is_prefill_stage: the phase; None is `neuron_config.is_prefill_stage`.
-
-        Returns:
-            One per query head of this rank: those of decode only in decode and where context and
-            data parallelism differ, else those of the layer. None if the layer has no sinks.
-        """
-        if self.learned_sinks is None:
-            return None
-        if is_prefill_stage is None:
-            is_prefill_stage = self.neuron_config.is_prefill_stage
-        apart = self.cp_degree != self.dp_degree and self.tkg_learned_sinks is not None
-        if apart and is_prefill_stage is False:
-            assert self.tkg_learned_sinks is not None
-            return self.tkg_learned_sinks.get_sink()
-        return self.learned_sinks.get_sink()
-
-    def get_flash_attention_strategy(
-        self, q_len: int, has_attention_mask: bool
-    ) -> FlashAttentionStrategy:
-        """Prefill kernel this layer selects; see `impl.strategy`."""
-        run = self.neuron_config
-        return get_flash_attention_strategy(
-            q_len=q_len,
-            has_attention_mask=has_attention_mask,
-            head_dim=self.head_dim,
-            cp_degree=self.cp_degree,
-            logical_nc_config=run.logical_nc_config,
-            attn_kernel_enabled=run.attn_kernel_enabled,
-            strided_context_parallel_kernel_enabled=run.strided_context_parallel_kernel_enabled,
-            sliding_window=self.sliding_window,
-        )
-
-    def kernel_choice(
-        self,
-        q_len: int,
-        has_attention_mask: bool = True,
-        *,
-        explicit_mask: bool = False,
-        prior: bool = False,
-        device_type: str = "cpu",
-    ) -> KernelChoice:
-        """Kernel this layer selects for a prefill of `q_len`, and what computes it.
-
-        Args:
-            q_len: queries on this rank.
-            has_attention_mask: whether the step is masked at all.
-            explicit_mask: whether the caller gives a mask `(batch, 1, q_len, kv_len)`.
-            prior: whether the step also sees cached keys.
-            device_type: where it runs.
-        """
-        plain = self.cp_degree == 1 and self.prefill_rule.plain(
-            sink=self.learned_sinks is not None, explicit_mask=explicit_mask, prior=prior
-        )
-        return resolve_kernel(
-            self.get_flash_attention_strategy(q_len, has_attention_mask),
-            q_len=q_len,
-            plain=plain,
-            device_type=device_type,
-            attn_kernel_enabled=self.neuron_config.attn_kernel_enabled,
-        )
+class AttentionCore(AttentionSetup):
+    """Attention proper: of a prompt, one whose start is cached, packed prompts, and decode."""
 
     def attend(self, step: StepInputs, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of a step, by its phase and by whether there are cached keys.

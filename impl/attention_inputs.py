@@ -7,25 +7,19 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from impl.attention_rotary import AttentionRotary, Rotary
 from impl.config import InferenceConfig
-from impl.errors import ConfigError, ShapeError, explain
+from impl.errors import ConfigError, explain
 from impl.gqa import GroupQueryAttention_QKV
 from impl.layer_options import LayerOptions
 from impl.lora import LayerLora
 from impl.norms import L2Norm, QKNormPlacement, QKNormScope, check_eps
 from impl.parallel.layer import LayerParallel, PhaseHeads
-from impl.rope import PolarRotaryEmbedding, apply_rotary_polar_compatible, apply_rotary_pos_emb
-from impl.rope_frequencies import RotaryFrequencies
-from impl.temperature import scale_queries
 
 Norm = Callable[[Tensor], Tensor]
-Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-# What of `rope_parameters` says which channels turn by which positions, whatever the scaling.
-_UNSCALED_ROPE = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
 
 
-class AttentionInputs(nn.Module):
+class AttentionInputs(AttentionRotary):
     """Projection, norms and rotation of a layer: the part of it before attention.
 
     Args:
@@ -59,35 +53,24 @@ class AttentionInputs(nn.Module):
         qkv_bias: bool,
         parallel: LayerParallel,
     ) -> None:
-        super().__init__()
         options.check_against(config.neuron_config)
-        if options.attn_temperature_tuning and rotary_emb is not None:
-            raise ConfigError(
-                explain(
-                    "attn_temperature_tuning",
-                    "be False when the layer has a rotary_emb",
-                    True,
-                    "the temperature belongs to layers without RoPE",
-                )
-            )
-        self.config = config
-        self.neuron_config = config.neuron_config
-        self.options = options
-        self.torch_dtype = config.neuron_config.layer_dtype
+        super().__init__(
+            config,
+            options,
+            rotary_emb=rotary_emb,
+            rope_theta=rope_theta,
+            use_scaled_rope=use_scaled_rope,
+        )
         self.hidden_size = options.hidden_size
         run = config.neuron_config
         # An EAGLE-3 draft reads the token's embedding beside the target's hidden states.
         self.input_size = options.hidden_size * (2 if run.is_eagle3 and run.is_eagle_draft else 1)
         # Under sequence parallelism the caller's norm runs before the gather.
-        self.fuses_input = run.qkv_kernel_enabled and not run.sequence_parallel_enabled
+        self.fuses_input = run.qkv_kernel_enabled and not parallel.prefill.sequence_parallel
         self.num_heads = self.num_attention_heads = options.num_attention_heads
         self.num_key_value_heads = options.num_key_value_heads
         self.num_key_value_groups = self.num_heads // self.num_key_value_heads
-        self.head_dim = options.width
         self.qkv_bias = qkv_bias
-        self.rotary_emb = rotary_emb
-        self.rope_theta = rope_theta
-        self.polar_rotary_emb = self._make_polar(rope_theta, use_scaled_rope)
         self._init_norms(q_layernorm, k_layernorm)
         self.lora = self._make_lora()
         self.parallel = parallel
@@ -124,33 +107,6 @@ class AttentionInputs(nn.Module):
         if self.parallel.shares_weights:
             return self.qkv_proj
         return self.cte_qkv_proj if is_prefill_stage else self.tkg_qkv_proj
-
-    def _make_polar(
-        self, rope_theta: float | None, use_scaled_rope: bool
-    ) -> PolarRotaryEmbedding | None:
-        given = dict(self.config.rope_parameters or {})
-        if use_scaled_rope and (rope_theta is None or not given):
-            raise ConfigError(
-                explain(
-                    "use_scaled_rope",
-                    "come with rope_theta and rope_parameters in the configuration",
-                    f"{rope_theta} and {self.config.rope_parameters}",
-                )
-            )
-        if rope_theta is None:
-            return None
-        if not use_scaled_rope:
-            kept: tuple[str, ...] = _UNSCALED_ROPE
-            if given.get("rope_type") == "proportional":  # There the share is of another kind.
-                kept = (*kept, "rope_type")
-            given = {name: given[name] for name in kept if name in given}
-        return PolarRotaryEmbedding(
-            RotaryFrequencies.from_parameters(
-                self.head_dim,
-                {**given, "rope_theta": rope_theta},
-                max_position_embeddings=self.config.max_position_embeddings,
-            )
-        )
 
     def _init_norms(self, q_layernorm: Norm | None, k_layernorm: Norm | None) -> None:
         if (q_layernorm is None) != (k_layernorm is None):
@@ -252,72 +208,3 @@ class AttentionInputs(nn.Module):
         q, k = heads.gather_query(q, width), heads.gather_key(k, width)
         q, k = self._normed(q, k, q_norm, k_norm)
         return heads.own_query(q, width), heads.own_key(k, width)
-
-    def apply_rotary_embedding(
-        self,
-        q: Tensor,
-        k: Tensor,
-        position_ids: Tensor,
-        cos_cache: Tensor | None,
-        sin_cache: Tensor | None,
-        use_polar_compatible_rope: bool = False,
-        rotary_position_ids: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Rotate q and k, or apply the temperature of a layer without RoPE.
-
-        Args:
-            q: `(batch, num_attention_heads, seq_len, head_dim)`, BHSD.
-            k: `(batch, num_key_value_heads, seq_len, head_dim)`, BHSD.
-            position_ids: `(batch, seq_len)`.
-            cos_cache: as in `forward`, like the rest.
-            sin_cache: see `forward`.
-            use_polar_compatible_rope: see `forward`.
-            rotary_position_ids: see `forward`.
-
-        Returns:
-            q, k, and the cos and sin caches: new, or as given; a layer without RoPE passes them on.
-        """
-        if (cos_cache is None) != (sin_cache is None):
-            raise ShapeError(explain("cos_cache and sin_cache", "be given together", "one of them"))
-        options = self.options
-        rotary: Rotary | None = self.rotary_emb
-        if use_polar_compatible_rope:
-            if self.polar_rotary_emb is None or options.attn_temperature_tuning:
-                raise ConfigError(
-                    explain(
-                        "use_polar_compatible_rope",
-                        "be False in a layer without rope_theta or with attn_temperature_tuning",
-                        True,
-                    )
-                )
-            rotary = self.polar_rotary_emb
-        if rotary is None:
-            if options.attn_temperature_tuning:
-                q = scale_queries(q, position_ids, options.floor_scale, options.attn_scale)
-            return q, k, cos_cache, sin_cache
-        if cos_cache is None or sin_cache is None:
-            positions = position_ids if rotary_position_ids is None else rotary_position_ids
-            cos_cache, sin_cache = rotary(k, positions)
-        self._check_rotary_caches(cos_cache, sin_cache, k, use_polar_compatible_rope)
-        rotate = (
-            apply_rotary_polar_compatible if use_polar_compatible_rope else apply_rotary_pos_emb
-        )
-        q, k = rotate(q, k, cos_cache, sin_cache)
-        return q, k, cos_cache, sin_cache
-
-    def _check_rotary_caches(self, cos: Tensor, sin: Tensor, k: Tensor, polar: bool) -> None:
-        batch, _, seq_len, head_dim = k.shape
-        owner = self.polar_rotary_emb if polar else self.rotary_emb
-        width = getattr(owner, "rotary_dim", cos.shape[-1])
-        width = width // 2 if polar else width
-        expected = (batch, seq_len, min(width, head_dim))
-        for name, tensor in (("cos_cache", cos), ("sin_cache", sin)):
-            if tuple(tensor.shape) != expected:
-                raise ShapeError(
-                    explain(
-                        name,
-                        f"have shape {expected}",
-                        tuple(tensor.shape),
-                        "is it from a layer of another RoPE?",
-                    )
-                )
