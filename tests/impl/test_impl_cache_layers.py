@@ -257,6 +257,50 @@ def test_left_padded_prompts_of_unequal_lengths_decode_as_each_alone() -> None:
         assert float(got[row, : 6 - n].abs().sum()) == 0, "padding sees no key, so it is zero"
 
 
+def test_layers_of_three_kinds_share_one_manager_for_the_whole_network() -> None:
+    # Caches are read before the network and written after it, as the public model does; windows
+    # alternate with full layers as in gpt-oss, with a chunked layer besides.
+    limits = [{"sliding_window": 4}, {}, {"attention_chunk_size": 4}, {"sliding_window": 4}]
+    kinds = ["sliding", "full", "chunked", "sliding"]
+    run = {"k_cache_transposed": True, "is_continuous_batching": True, "seq_len": 16}
+    config = model(
+        run={**run, "batch_size": LINES},
+        layer_types=[f"{kind}_attention" for kind in kinds],
+        num_hidden_layers=4,
+        sliding_window=4,
+        attention_chunk_size=4,
+    )
+    stack = [
+        layer(config=config, seed=seed, rotary_emb=RotaryEmbedding(WIDTH), **limit)
+        for seed, limit in enumerate(limits)
+    ]
+    manager = KVCacheManager(config)
+    for stored in manager.past_key_values:
+        stored.fill_(float("nan"))
+    ids, hidden = torch.tensor([1, 2, 0]), tokens(12, batch=3)
+
+    def network(first: int, count: int) -> Tensor:
+        states, at = hidden[:, first : first + count], positions(count, first, batch=3)
+        past = manager.get_cache(seq_ids=ids) if first else [None] * 4
+        new = []
+        for idx, part in enumerate(stack):
+            mask = None if first else at >= 0
+            out = part(states, mask, at, past[idx], kv_mgr=manager, idx=idx, seq_ids=ids)
+            states = states + out.hidden_states
+            new.append(out.present_key_value)
+        stored = manager.update_cache(not first, ids, at, new)
+        for idx in range(4):
+            manager.store(idx, (stored[2 * idx], stored[2 * idx + 1]))
+        return states
+
+    got = torch.cat([network(0, 6), *(network(t, 1) for t in range(6, 12))], dim=1)
+    whole, at = hidden, positions(12, batch=3)
+    for part in stack:
+        whole = whole + part(whole, at >= 0, at).hidden_states
+    # Four times as many contractions follow each other as ROUNDOFF counts.
+    assert relative_error(got, whole) <= 4 * ROUNDOFF
+
+
 def _previous_slots(manager: KVCacheManager, *given: Any, **named: Any) -> KeyValue:
     k, v = KVCacheManager.get_kv_by_layer_id(manager, *given, **named)
     return k.roll(1, dims=2), v.roll(1, dims=2)
