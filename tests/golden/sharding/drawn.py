@@ -23,7 +23,6 @@ from golden import (
     RopeConfig,
     TemperatureTuning,
     context_encoding,
-    layer_mask,
     make_lora,
     weight_shapes,
 )
@@ -38,18 +37,10 @@ from golden.sharding import (
     unobserved_ranks,
 )
 from golden.sharding.rules import check_decode, check_layer, check_prefill
-from tests.golden.layers import (
-    ELEMENTWISE,
-    assert_within,
-    attend_bound,
-    final_queries,
-    gamma,
-    integer_weights,
-    seen,
-    small_integers,
-)
+from tests.golden.layers import assert_within, gamma, integer_weights, small_integers
+from tests.golden.sharding.bounds import LOW_RANK, few_ulps, worst_case
 
-HIDDEN, HEAD_DIM, ADAPTERS, LOW_RANK = 8, 4, 3, 2
+HIDDEN, HEAD_DIM, ADAPTERS = 8, 4, 3
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "mesh": (
@@ -156,7 +147,7 @@ def drawn(choice: Choice, seed: int, *, steps: int = 2) -> Drawn:
         softcap=5.0 if choice["range"] == "cap" else None,
         qk_norm=norm,
         rope=None if choice["rope"] == "none" else RopeConfig(pairing=choice["rope"]),
-        softmax_scale=0.5 if per_head else 2.0**-5,
+        softmax_scale=2.0**-3 if per_head else 2.0**-7,
         sliding_window={"window1": 1, "window3": 3}.get(mask),
         attention_chunk_size=2 * cp if mask == "chunk" else None,
         learned_sinks_size=1 if choice["sinks"] else None,
@@ -279,7 +270,8 @@ def problem(case: Drawn) -> Problem:
     config, weights = case.config, integer_weights(case.config, case.seed)
     hidden = small_integers(case.seed, case.batch, case.total, HIDDEN)
     lora = integer_lora(config, case.batch, case.seed) if case.lora else None
-    parts = max(case.parallelism.cores_per_group, case.parallelism.cp_degree)
+    ring = case.parallelism.kv_exchange == "ring"
+    parts = case.parallelism.cp_degree if ring else case.parallelism.cores_per_group
     output, bound = encoded(config, weights, hidden, lora=lora, parts=parts)
     return Problem(weights, lora, hidden, output, bound)
 
@@ -292,8 +284,19 @@ def encoded(
     parts: int,
     lora: Lora | None = None,
     rotary_position_ids: Any = None,
+    few: bool = True,
 ) -> tuple[Array, Array]:
-    """Encode sequences of small integers on one rank, and bound what ranks may differ by."""
+    """Encode sequences of small integers on one rank, and bound what ranks may differ by.
+
+    Args:
+        config: the layer.
+        weights: small integers.
+        hidden: `(batch, length, hidden_size)`, small integers.
+        parts: partial softmaxes that ranks join.
+        lora: adapters of small integers.
+        rotary_position_ids: positions for RoPE alone.
+        few: whether to bound by a few ulps; not where ranks see fewer keys than here.
+    """
     positions = np.tile(np.arange(hidden.shape[1]), (hidden.shape[0], 1))
     capture = Capture()
     output = context_encoding(
@@ -305,7 +308,11 @@ def encoded(
         lora=lora,
         observe=capture,
     ).output
-    return output, sharded_bound(config, weights, lora, capture, positions, parts=parts)
+    values = capture.values
+    bound = worst_case(config, weights, lora, values, positions, parts=parts)
+    if few:
+        bound = np.minimum(bound, few_ulps(config, weights, lora, values, parts=parts))
+    return output, bound
 
 
 def integer_lora(config: AttentionConfig, batch: int, seed: int) -> Lora:
@@ -318,59 +325,6 @@ def integer_lora(config: AttentionConfig, batch: int, seed: int) -> Lora:
         up[target] = small_integers(seed + index + 50, ADAPTERS, out, LOW_RANK, largest=1)
     ids = np.arange(batch) % (ADAPTERS + 1) - 1
     return make_lora(config, adapter_ids=ids, down=down, up=up, scaling=0.5)
-
-
-def sharded_bound(
-    config: AttentionConfig,
-    weights: AttentionWeights,
-    lora: Lora | None,
-    capture: Capture,
-    positions: Positions,
-    *,
-    parts: int,
-) -> Array:
-    """Bound the difference of a rank's output from the whole layer's.
-
-    Projections of small integers are exact, however their sums are cut. Attention differs by
-    `attend_bound`, doubled, where it was joined of `parts` partial softmaxes, whose shares
-    `exp(l_p - l)` err by twice the bound of a logsumexp and a few roundings each and mix outputs
-    no larger than the largest value; so bounded, rows may also see fewer keys. The output
-    projection sums the same `num_attention_heads * head_dim` terms and the low-rank ones in another
-    order over the ranks: `gamma` of their number of the sum of magnitudes, on either side. Heads of
-    zeros add nothing.
-    """
-    values = capture.values
-    q, k, v = final_queries(config, values), values["k_cache"], values["v_cache"]
-    shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    visible = seen(layer_mask(config), positions, positions, shape)
-    largest = np.broadcast_to(np.abs(v).max(axis=2, keepdims=True), v.shape)
-    inner = attend_bound(
-        q,
-        k,
-        largest if parts > 1 else v,
-        visible,
-        scale=config.softmax_scale,
-        softcap=config.softcap,
-        sinks=weights.sinks,
-        roundings=ELEMENTWISE + q.shape[2],
-    )
-    errors = inner.output
-    if parts > 1:
-        share = np.expm1(4.0 * inner.logsumexp + gamma(2 * parts + 8))[..., None]
-        group = q.shape[1] // k.shape[1]
-        errors = 2.0 * errors + share * np.repeat(largest[:, :, :1], group, axis=1)
-    own = 2.0 * gamma(config.q_size + LOW_RANK + 4)
-    errors = errors + own * (np.abs(values["attn"]) + errors)
-    flat = errors.swapaxes(1, 2).reshape(errors.shape[0], errors.shape[2], config.q_size)
-    magnitudes = np.broadcast_to(np.abs(weights.o_proj), (len(flat), *weights.o_proj.shape))
-    if lora is not None:
-        down, up, scaling = lora.adapters["o"]
-        used = np.maximum(lora.adapter_ids, 0)
-        magnitudes = magnitudes + np.abs(up[used]) @ np.abs(down[used]) * scaling[used, None, None]
-    bound: Array = flat @ magnitudes.swapaxes(1, 2)
-    if weights.o_bias is not None:
-        bound = bound + own * np.abs(weights.o_bias)
-    return bound
 
 
 def serve(
