@@ -313,7 +313,8 @@ class NeuronAttentionBase(AttentionLayer):
                 raise ShapeError(
                     explain("past_key_value", "be None when get_kv_per_layer is True", "a cache")
                 )
-            past_key_value = read_cache(kv_mgr, cache_arguments, self.k_cache_transposed)
+            own = hidden_states.shape[0] if packing is None else None
+            past_key_value = read_cache(kv_mgr, cache_arguments, self.k_cache_transposed, own)
         phase, past_key_value = select_phase(
             self.neuron_config,
             hidden_states.shape[1],
