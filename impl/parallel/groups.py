@@ -79,6 +79,7 @@ class ProcessGroups:
 
 
 _MADE: WeakKeyDictionary[Any, dict[tuple[object, ...], ProcessGroups]] = WeakKeyDictionary()
+_CORES: WeakKeyDictionary[Any, dict[int, Group]] = WeakKeyDictionary()
 
 
 def init_process_group(
@@ -133,6 +134,27 @@ def process_groups(run: NeuronConfig) -> ProcessGroups:
     return made[key]
 
 
+def core_group(run: NeuronConfig, cores: int) -> Group:
+    """Ranks that keep one KV head's tokens together (flash decoding), made on first use.
+
+    Args:
+        run: its `tp_degree` is the world size of `torch.distributed`.
+        cores: neighbouring ranks of a group; divides `tp_degree`.
+
+    Returns:
+        This rank's group, in which rank `r` is core `r % cores`.
+    """
+    if cores == 1:
+        return ALONE
+    rank = process_groups(run).rank
+    made = _CORES.setdefault(dist.group.WORLD, {})
+    if cores not in made:
+        ranks = torch.arange(run.tp_degree).view(-1, cores)
+        mesh = DeviceMesh(_device_type(), ranks, mesh_dim_names=("group", "core"))
+        made[cores] = _group(mesh, "core", cores, rank % cores)
+    return made[cores]
+
+
 def _make(maps: RankMaps, rank: int) -> ProcessGroups:
     prefill = _stage(maps.prefill, "cp", rank, maps.prefill_ordering)
     if (maps.prefill, maps.prefill_ordering) == (maps.decode, maps.decode_ordering):
@@ -141,14 +163,17 @@ def _make(maps: RankMaps, rank: int) -> ProcessGroups:
 
 
 def _stage(mesh: StageMesh, split: str, rank: int, ordering: tuple[int, ...]) -> Stage:
-    device = {backend: kind for kind, backend in BACKENDS.items()}.get(dist.get_backend(), "cpu")
-    made = DeviceMesh(device, torch.tensor(mesh.rows), mesh_dim_names=(split, "tp"))
+    made = DeviceMesh(_device_type(), torch.tensor(mesh.rows), mesh_dim_names=(split, "tp"))
     row, column = mesh.coordinates(rank)
     return Stage(
         tp=_group(made, "tp", mesh.tp_degree, column),
         split=_group(made, split, mesh.groups, row),
         shards=tuple(ordering[other] % mesh.tp_degree for other in mesh.rows[row]),
     )
+
+
+def _device_type() -> str:
+    return {backend: kind for kind, backend in BACKENDS.items()}.get(dist.get_backend(), "cpu")
 
 
 def _group(mesh: DeviceMesh, name: str, size: int, rank: int) -> Group:

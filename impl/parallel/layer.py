@@ -7,7 +7,7 @@ from torch import Tensor
 
 from impl.neuron_config import NeuronConfig
 from impl.parallel.collectives import all_gather
-from impl.parallel.groups import Group, process_groups
+from impl.parallel.groups import Group, core_group, process_groups
 from impl.parallel.head_layout import HeadLayout, Slots, head_layout, slots_of
 from impl.parallel.phases import DecodePhase, PrefillPhase
 from impl.parallel.sharding_strategy import GQA
@@ -84,11 +84,14 @@ class LayerParallel:
         sequence_parallel: each rank is given its piece of the sequence; None is `run`'s.
         stays_split_before: see `PrefillPhase`.
         stays_split_after: see `PrefillPhase`.
+        num_cores_per_group: ranks that share a KV head's tokens in decode (flash decoding).
 
     Attributes:
         shares_weights: both phases use the same shard of the weights.
         prefill, decode: phases.
         prefill_heads, decode_heads: this rank's heads in them.
+        core_group: ranks that share the tokens of this rank's KV head; itself alone without flash
+            decoding.
 
     Raises:
         ConfigError: no process group of `tp_degree` ranks, or decode would read heads that this
@@ -106,8 +109,10 @@ class LayerParallel:
         sequence_parallel: bool | None = None,
         stays_split_before: bool = False,
         stays_split_after: bool = False,
+        num_cores_per_group: int = 1,
     ) -> None:
         groups = process_groups(run)
+        self.core_group = core_group(run, num_cores_per_group)
         self.rank = groups.rank
         self.shares_weights = run.cp_degree == run.attention_dp_degree
         heads = (num_attention_heads, num_key_value_heads, strategy)
