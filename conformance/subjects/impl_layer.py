@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -36,6 +37,7 @@ def make_layer(
     model: Mapping[str, Any],
     adapters: Adapters | None = None,
     input_norm: InputNorm | None = None,
+    layer: Mapping[str, Any] = MappingProxyType({}),
 ) -> Layer:
     """Build the module of a layer, load its weights, and say what each forward needs besides.
 
@@ -47,6 +49,7 @@ def make_layer(
         model: fields of `impl.InferenceConfig` that give the cache its kind.
         adapters: low-rank adapters to load.
         input_norm: norm of the input, which the module applies where its QKV kernel would.
+        layer: further arguments of `impl.NeuronAttentionBase`.
 
     Returns:
         The module in evaluation mode, and keyword arguments for its forward.
@@ -72,7 +75,7 @@ def make_layer(
         rope_parameters=rope_parameters,
         **model,
     )
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {**layer}
     keywords: dict[str, Any] = {}
     if config.rope is not None and config.rope.pairing == "interleaved":
         options["rope_theta"] = config.rope.theta

@@ -18,8 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from impl.errors import ConfigError, DeviceError, explain
 from impl.neuron_config import NeuronConfig
-from impl.parallel.meshes import StageMesh
-from impl.parallel.rank_maps import RankMaps, rank_maps
+from impl.parallel.meshes import StageMesh, stage_mesh
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "neuron": "neuron"}
 """Backend of `torch.distributed` for each type of device."""
@@ -50,17 +49,10 @@ class Stage:
     Attributes:
         tp: ranks that share heads.
         split: ranks that share a sequence (prefill, CP) or a batch (decode, DP).
-        shards: shard of the weights that each rank of `tp` holds.
     """
 
     tp: Group = ALONE
     split: Group = ALONE
-    shards: tuple[int, ...] = (0,)
-
-    @property
-    def shard(self) -> int:
-        """Shard of the weights that this rank holds."""
-        return self.shards[self.tp.rank]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +71,6 @@ class ProcessGroups:
 
 
 _MADE: WeakKeyDictionary[Any, dict[tuple[object, ...], ProcessGroups]] = WeakKeyDictionary()
-_CORES: WeakKeyDictionary[Any, dict[int, Group]] = WeakKeyDictionary()
 
 
 def init_process_group(
@@ -129,51 +120,25 @@ def process_groups(run: NeuronConfig) -> ProcessGroups:
     made = _MADE.setdefault(dist.group.WORLD, {})
     key = (run.tp_degree, run.cp_degree, run.attention_dp_degree, run.switch_cc)
     if key not in made:
-        maps = rank_maps(*key[:3], switch_cc=run.switch_cc)
-        made[key] = _make(maps, dist.get_rank())
+        before, after = (
+            stage_mesh(run.tp_degree, degree, switch_cc=run.switch_cc) for degree in key[1:3]
+        )
+        made[key] = _make(before, after, dist.get_rank())
     return made[key]
 
 
-def core_group(run: NeuronConfig, cores: int) -> Group:
-    """Ranks that keep one KV head's tokens together (flash decoding), made on first use.
-
-    Args:
-        run: its `tp_degree` is the world size of `torch.distributed`.
-        cores: neighbouring ranks of a group; divides `tp_degree`.
-
-    Returns:
-        This rank's group, in which rank `r` is core `r % cores`.
-    """
-    if cores == 1:
-        return ALONE
-    rank = process_groups(run).rank
-    made = _CORES.setdefault(dist.group.WORLD, {})
-    if cores not in made:
-        ranks = torch.arange(run.tp_degree).view(-1, cores)
-        mesh = DeviceMesh(_device_type(), ranks, mesh_dim_names=("group", "core"))
-        made[cores] = _group(mesh, "core", cores, rank % cores)
-    return made[cores]
+def _make(before: StageMesh, after: StageMesh, rank: int) -> ProcessGroups:
+    prefill = _stage(before, "cp", rank)
+    return ProcessGroups(prefill, prefill if before == after else _stage(after, "dp", rank), rank)
 
 
-def _make(maps: RankMaps, rank: int) -> ProcessGroups:
-    prefill = _stage(maps.prefill, "cp", rank, maps.prefill_ordering)
-    if (maps.prefill, maps.prefill_ordering) == (maps.decode, maps.decode_ordering):
-        return ProcessGroups(prefill, prefill, rank)
-    return ProcessGroups(prefill, _stage(maps.decode, "dp", rank, maps.decode_ordering), rank)
-
-
-def _stage(mesh: StageMesh, split: str, rank: int, ordering: tuple[int, ...]) -> Stage:
-    made = DeviceMesh(_device_type(), torch.tensor(mesh.rows), mesh_dim_names=(split, "tp"))
+def _stage(mesh: StageMesh, split: str, rank: int) -> Stage:
+    device = {backend: kind for kind, backend in BACKENDS.items()}.get(dist.get_backend(), "cpu")
+    made = DeviceMesh(device, torch.tensor(mesh.rows), mesh_dim_names=(split, "tp"))
     row, column = mesh.coordinates(rank)
     return Stage(
-        tp=_group(made, "tp", mesh.tp_degree, column),
-        split=_group(made, split, mesh.groups, row),
-        shards=tuple(ordering[other] % mesh.tp_degree for other in mesh.rows[row]),
+        tp=_group(made, "tp", mesh.tp_degree, column), split=_group(made, split, mesh.groups, row)
     )
-
-
-def _device_type() -> str:
-    return {backend: kind for kind, backend in BACKENDS.items()}.get(dist.get_backend(), "cpu")
 
 
 def _group(mesh: DeviceMesh, name: str, size: int, rank: int) -> Group:

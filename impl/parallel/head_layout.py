@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from impl.errors import ConfigError, explain
 from impl.parallel.sharding_strategy import (
     GQA,
     determine_sharding_strategy,
@@ -105,28 +104,10 @@ def slots_of(wanted: Slots, held: Slots) -> tuple[int | None, ...]:
     """Where a rank that holds some heads finds those that another layout wants of it.
 
     Args:
-        wanted: head in each slot of decode.
+        wanted: head in each slot of decode; each is held, or padding.
         held: head in each slot of prefill.
 
     Returns:
         Per wanted slot, a slot of `held` with that head; None for padding.
-
-    Raises:
-        ConfigError: a wanted head is not held.
     """
-    missing = sorted(set(wanted) - set(held) - {PADDING})
-    if missing:
-        raise ConfigError(
-            explain(
-                "tp_degree, cp_degree and attention_dp_degree",
-                "leave each rank in decode only KV heads that it has in prefill",
-                f"{wanted} from {held}",
-                "copies of a head must come out even in both stages",
-            )
-        )
-    found: list[int | None] = []
-    for slot, head in enumerate(wanted):
-        same = [i for i, other in enumerate(held) if other == head]
-        # copies are alike; the one at the same rank among copies keeps runs of slots together
-        found.append(None if head == PADDING else same[wanted[:slot].count(head) % len(same)])
-    return tuple(found)
+    return tuple(None if head == PADDING else held.index(head) for head in wanted)

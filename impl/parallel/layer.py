@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from impl.config import InferenceConfig
+from impl.kv_cache import KVCacheManager
 from impl.neuron_config import NeuronConfig
 from impl.parallel.collectives import all_gather
-from impl.parallel.groups import Group, core_group, process_groups
-from impl.parallel.head_layout import HeadLayout, Slots, head_layout, slots_of
+from impl.parallel.groups import Group, process_groups
+from impl.parallel.head_layout import PADDING, Slots, slots_of
 from impl.parallel.phases import DecodePhase, PrefillPhase
+from impl.parallel.rank_maps import StageMap, rank_maps
 from impl.parallel.sharding_strategy import GQA
 from impl.parallel.token_order import TokenOrder
 
@@ -18,21 +21,21 @@ class PhaseHeads:
     """Heads of this rank in one phase.
 
     Args:
-        layout: heads of all shards.
-        shard: this rank's.
+        stage: who holds what.
+        rank: this rank.
         tp: ranks that share the heads.
-        order: shard of each rank of `tp`, in its order.
 
     Attributes:
         query: query head in each slot of this rank.
         key_value: KV head in each slot of this rank.
     """
 
-    def __init__(self, layout: HeadLayout, shard: int, tp: Group, order: tuple[int, ...]) -> None:
-        mine = layout.shard(shard)
+    def __init__(self, stage: StageMap, rank: int, tp: Group) -> None:
+        mine = stage.layout.shard(stage.shard(rank))
         self.query, self.key_value = mine.query, mine.key_value
         self._tp = tp
-        shards = [layout.shard(index) for index in order]
+        row = stage.mesh.rows[stage.mesh.coordinates(rank)[0]]
+        shards = [stage.layout.shard(stage.shard(other)) for other in row]
         self._all_query = tuple(head for s in shards for head in s.query)
         self._all_key_value = tuple(head for s in shards for head in s.key_value)
 
@@ -68,8 +71,9 @@ class PhaseHeads:
         if self._tp.size == 1:
             return flat
         heads = _split(flat, width)
-        # a padded slot belongs to a query head of zero weights: any finite values do
-        return torch.cat([heads[..., max(head, 0), :] for head in slots], dim=-1)
+        zeros = torch.zeros_like(heads[..., 0, :])
+        own = [zeros if head == PADDING else heads[..., head, :] for head in slots]
+        return torch.cat(own, dim=-1)
 
 
 class LayerParallel:
@@ -84,14 +88,11 @@ class LayerParallel:
         sequence_parallel: each rank is given its piece of the sequence; None is `run`'s.
         stays_split_before: see `PrefillPhase`.
         stays_split_after: see `PrefillPhase`.
-        num_cores_per_group: ranks that share a KV head's tokens in decode (flash decoding).
 
     Attributes:
         shares_weights: both phases use the same shard of the weights.
         prefill, decode: phases.
         prefill_heads, decode_heads: this rank's heads in them.
-        core_group: ranks that share the tokens of this rank's KV head; itself alone without flash
-            decoding.
 
     Raises:
         ConfigError: no process group of `tp_degree` ranks, or decode would read heads that this
@@ -109,30 +110,25 @@ class LayerParallel:
         sequence_parallel: bool | None = None,
         stays_split_before: bool = False,
         stays_split_after: bool = False,
-        num_cores_per_group: int = 1,
     ) -> None:
         groups = process_groups(run)
-        self.core_group = core_group(run, num_cores_per_group)
         self.rank = groups.rank
         self.shares_weights = run.cp_degree == run.attention_dp_degree
-        heads = (num_attention_heads, num_key_value_heads, strategy)
-        tp, cp, dp = run.tp_degree, run.cp_degree, run.attention_dp_degree
-        self.prefill_heads = PhaseHeads(
-            head_layout(tp // cp, *heads),
-            groups.prefill.shard,
-            groups.prefill.tp,
-            groups.prefill.shards,
+        maps = rank_maps(
+            run.tp_degree,
+            num_attention_heads,
+            num_key_value_heads,
+            cp_degree=run.cp_degree,
+            dp_degree=run.attention_dp_degree,
+            switch_cc=run.switch_cc,
+            strategy=strategy,
         )
-        self.decode_heads = PhaseHeads(
-            head_layout(tp // dp, *heads),
-            groups.decode.shard,
-            groups.decode.tp,
-            groups.decode.shards,
-        )
+        self.prefill_heads = PhaseHeads(maps.prefill, groups.rank, groups.prefill.tp)
+        self.decode_heads = PhaseHeads(maps.decode, groups.rank, groups.decode.tp)
         self.prefill = PrefillPhase(
             groups.prefill,
             TokenOrder(
-                cp,
+                run.cp_degree,
                 strided=run.strided_context_parallel_kernel_enabled,
                 chunk=attention_chunk_size,
             ),
@@ -152,6 +148,18 @@ class LayerParallel:
     def splits_tokens_or_rows(self) -> bool:
         """Whether ranks share a sequence in prefill, or a batch in decode."""
         return self.prefill.stage.split.size > 1 or self.decode.stage.split.size > 1
+
+    def make_cache(self, config: InferenceConfig) -> KVCacheManager:
+        """Make this rank's cache: for its KV heads and its rows of the batch.
+
+        Args:
+            config: the model's configuration.
+        """
+        return KVCacheManager(
+            config,
+            num_kv_head=len(self.decode_heads.key_value),
+            dp_rank=self.decode.stage.split.rank,
+        )
 
     def for_cache(self, x: Tensor) -> Tensor:
         """Heads of a prefill's keys or values that this rank reads in decode.

@@ -3,6 +3,7 @@
 The numbers are those that neuronx-distributed-inference's own functions returned when run.
 """
 
+from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -10,46 +11,47 @@ import pytest
 import torch
 
 from impl import GQA, ConfigError, InferenceConfig, NeuronConfig, ShapeError
-from impl.parallel import TokenOrder, head_layout, rank_maps, stage_mesh, strided
+from impl.parallel import RankMaps, TokenOrder, head_layout, rank_maps, stage_mesh, strided
 from impl.parallel.head_layout import PADDING, slots_of
 from impl.parallel.weights import shard_heads
 
 
+def maps(world: int, cp: int, dp: int, kv: int, group: int = 1) -> RankMaps:
+    return rank_maps(world, kv * group, kv, cp_degree=cp, dp_degree=dp)
+
+
 @pytest.mark.parametrize(
-    ("degrees", "expected"),
+    ("world", "cp", "dp", "kv", "expected"),
     [
-        ((8, 2), [0, 2, 4, 6, 1, 3, 5, 7]),
-        ((4, 2), [0, 2, 1, 3]),
-        ((8, 4), [0, 4, 1, 5, 2, 6, 3, 7]),
-        ((8, 8), [0, 1, 2, 3, 4, 5, 6, 7]),
-        ((64, 16), [0, 16, 32, 48, 1, 17]),
-        ((8, 4, 2), [0, 2, 1, 3, 4, 6, 5, 7]),
-        ((16, 8, 2), [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9]),
-        ((64, 16, 8), [0, 2, 4, 6, 8, 10, 12, 14, 9, 11, 13, 15, 1, 3, 5, 7]),
+        (8, 2, 1, 8, [0, 2, 4, 6, 1, 3, 5, 7]),
+        (4, 2, 1, 4, [0, 2, 1, 3]),
+        (8, 4, 1, 2, [0, 4, 1, 5, 2, 6, 3, 7]),
+        (8, 4, 1, 8, [0, 4, 1, 5, 2, 6, 3, 7]),
+        (8, 8, 1, 8, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (64, 16, 1, 8, [0, 16, 32, 48, 1, 17]),
+        (8, 4, 2, 4, [0, 2, 1, 3, 4, 6, 5, 7]),
+        (16, 8, 2, 4, [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9]),
+        (64, 16, 8, 8, [0, 2, 4, 6, 8, 10, 12, 14, 9, 11, 13, 15, 1, 3, 5, 7]),
     ],
 )
 def test_decode_takes_its_shards_in_the_documented_order(
-    degrees: tuple[int, ...], expected: list[int]
+    world: int, cp: int, dp: int, kv: int, expected: list[int]
 ) -> None:
-    assert list(rank_maps(*degrees).decode_ordering[: len(expected)]) == expected
+    for group in (1, 2):
+        ordering = maps(world, cp, dp, kv, group).decode.ordering
+        assert list(ordering[: len(expected)]) == expected
 
 
 @pytest.mark.parametrize(
-    ("degrees", "kv", "expected"),
-    [((4, 2), 4, [0, 0, 1, 1]), ((8, 4), 8, [0, 0, 1, 1, 2, 2, 3, 3])],
+    ("world", "cp", "kv", "expected"),
+    [(4, 2, 4, [0, 0, 1, 1]), (8, 4, 8, [0, 0, 1, 1, 2, 2, 3, 3])],
 )
 def test_each_rank_writes_the_documented_kv_head(
-    degrees: tuple[int, int], kv: int, expected: list[int]
+    world: int, cp: int, kv: int, expected: list[int]
 ) -> None:
-    maps = rank_maps(*degrees)
-    before = head_layout(maps.prefill.tp_degree, kv, kv)
-    after = head_layout(maps.decode.tp_degree, kv, kv)
+    both = maps(world, cp, 1, kv)
     written = [
-        slots_of(
-            after.shard(maps.decode_shard(rank)).key_value,
-            before.shard(maps.prefill_shard(rank)).key_value,
-        )
-        for rank in range(degrees[0])
+        slots_of(both.decode.key_value(rank), both.prefill.key_value(rank)) for rank in range(world)
     ]
     assert written == [(slot,) for slot in expected]
 
@@ -76,38 +78,23 @@ def test_eight_by_eight_ranks_follow_the_wiring_of_trn2() -> None:
         ranks((52, 59)),
     )
     order = [0, 1, 2, 3, *range(8, 16), 4, 5, 6, 7, 16]
-    assert list(rank_maps(64, 8, 8).prefill_ordering[:17]) == order
+    assert list(maps(64, 8, 8, 8).prefill.ordering[:17]) == order
     assert list(stage_mesh(64, 8).positions[:17]) == order
 
 
 def test_switch_cc_and_other_sizes_keep_plain_rows() -> None:
     assert stage_mesh(64, 8, switch_cc=True).rows[0] == tuple(range(8))
-    assert rank_maps(64, 8, 8, switch_cc=True).prefill_ordering == tuple(range(64))
+    plain = rank_maps(64, 8, 8, cp_degree=8, dp_degree=8, switch_cc=True)
+    assert plain.prefill.ordering == tuple(range(64))
     assert stage_mesh(64, 16).rows[1] == (4, 5, 6, 7)
     assert stage_mesh(32, 8).rows[0] == (0, 1, 2, 3)
 
 
-@pytest.mark.parametrize("world", [8, 64, 128])
-@pytest.mark.parametrize("switch_cc", [False, True])
-def test_every_group_of_a_stage_holds_every_shard_once(world: int, switch_cc: bool) -> None:
-    degrees = [d for d in (1, 2, 4, 8, 16) if d <= world]
-    for cp, dp in product(degrees, degrees):
-        if cp > 1 and dp > 1 and cp % dp:
-            continue
-        maps = rank_maps(world, cp, dp, switch_cc=switch_cc)
-        for mesh, shard in (
-            (maps.prefill, maps.prefill_shard),
-            (maps.decode, maps.decode_shard),
-        ):
-            for row in mesh.rows:
-                assert sorted(map(shard, row)) == list(range(mesh.tp_degree))
-
-
-def test_every_accepted_mesh_writes_what_its_decode_reads() -> None:
-    seen = 0
-    degrees = (1, 2, 4, 8)
+def accepted() -> Iterator[tuple[int, int, int, int, int]]:
+    """World size, CP, DP, KV heads and group that the configuration lets through."""
+    degrees = (1, 2, 4, 8, 16)
     for world, cp, dp, kv, group in product(
-        (1, 2, 4, 8, 16), degrees, degrees, (1, 2, 3, 4, 8), (1, 3, 4)
+        (1, 2, 4, 8, 16, 64), degrees, degrees, (1, 2, 3, 4, 8), (1, 3, 4)
     ):
         try:
             run = NeuronConfig(
@@ -125,25 +112,32 @@ def test_every_accepted_mesh_writes_what_its_decode_reads() -> None:
             )
         except ConfigError:
             continue
-        maps = rank_maps(world, cp, dp)
-        before = head_layout(maps.prefill.tp_degree, kv * group, kv)
-        after = head_layout(maps.decode.tp_degree, kv * group, kv)
+        yield world, cp, dp, kv, group
+
+
+def test_every_accepted_mesh_has_every_shard_and_writes_what_its_decode_reads() -> None:
+    seen, uneven = 0, []
+    for world, cp, dp, kv, group in accepted():
+        try:
+            both = maps(world, cp, dp, kv, group)
+        except ConfigError:
+            uneven.append(kv)
+            continue
+        for stage in (both.prefill, both.decode):
+            for row in stage.mesh.rows:
+                assert sorted(map(stage.shard, row)) == list(range(stage.mesh.tp_degree))
         for rank in range(world):
-            held = before.shard(maps.prefill_shard(rank)).key_value
-            wanted = after.shard(maps.decode_shard(rank)).key_value
-            try:
-                found = slots_of(wanted, held)
-            except ConfigError:
-                assert kv == 3, "copies of a power of two come out even"
-                break
+            held, wanted = both.prefill.key_value(rank), both.decode.key_value(rank)
+            found = slots_of(wanted, held)
             assert [PADDING if s is None else held[s] for s in found] == list(wanted)
         seen += 1
-    assert seen > 300
+    assert seen > 500
+    assert set(uneven) == {3}, "copies of a power of two come out even"
 
 
-def test_a_head_that_was_never_written_is_an_error() -> None:
+def test_copies_that_do_not_come_out_even_are_refused() -> None:
     with pytest.raises(ConfigError, match="only KV heads that it has in prefill"):
-        slots_of((0, 2), (0, 1))
+        maps(4, 1, 2, 3)
 
 
 @pytest.mark.parametrize(

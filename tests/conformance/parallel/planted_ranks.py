@@ -1,0 +1,118 @@
+"""Mistakes planted in `impl` on ranks; each rank is a process of its own, so nothing is undone."""
+
+import os
+import signal
+import sys
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+import impl.attention_core
+import impl.state_dict
+from conformance.subjects import impl_parallel
+from conformance.subjects.impl_parallel import RankCall, run_rank
+from impl.parallel.groups import ALONE
+from impl.parallel.head_layout import HeadLayout
+from impl.parallel.layer import LayerParallel, PhaseHeads
+from impl.parallel.linear import RowParallelLinear
+from impl.parallel.phases import DecodePhase
+
+Result = dict[str, Any]
+MAPS = sys.modules["impl.parallel.rank_maps"]  # the package has a function of this name
+
+
+def o_bias_on_every_rank(rank: int, world_size: int, call: RankCall) -> Result:
+    def forward(self: Any, input: torch.Tensor, reduce: Any = None) -> torch.Tensor:
+        return reduce(functional.linear(input, self.weight, self.bias)).to(input.dtype)
+
+    RowParallelLinear.forward = forward
+    return run_rank(rank, world_size, call)
+
+
+def kv_heads_tiled(rank: int, world_size: int, call: RankCall) -> Result:
+    right = MAPS.head_layout
+
+    def tiled(*sizes: Any) -> HeadLayout:
+        layout = right(*sizes)
+        heads = max(layout.key_value) + 1
+        slots = tuple(slot % heads for slot in range(len(layout.key_value)))
+        return HeadLayout(layout.tp_degree, layout.query, slots)
+
+    MAPS.head_layout = tiled
+    return run_rank(rank, world_size, call)
+
+
+def decode_weights_in_rank_order(rank: int, world_size: int, call: RankCall) -> Result:
+    """Ranks load the decode weights of their own number, though the mesh orders them."""
+    right = impl.state_dict._phases
+
+    def plain(module: Any) -> Any:
+        (before, first, heads), (after, second, _) = right(module)
+        config, spread = call.config, call.parallelism
+        maps = MAPS.rank_maps(
+            spread.tp_degree,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            cp_degree=spread.cp_degree,
+        )
+        place = maps.decode.ordering.index(rank)
+        return [(before, first, heads), (after, second, PhaseHeads(maps.decode, place, ALONE))]
+
+    impl.state_dict._phases = plain
+    return run_rank(rank, world_size, call)
+
+
+def mask_off_by_one(rank: int, world_size: int, call: RankCall) -> Result:
+    """Queries behind the first part of the sequence miss their own key."""
+    right = impl.attention_core.prefill
+
+    def late(*tensors: Any, rule: Any, position_ids: torch.Tensor, **others: Any) -> Any:
+        moved = position_ids - (position_ids > 0).to(torch.int64) if rank >= 2 else position_ids
+        return right(*tensors, rule=rule, position_ids=moved, **others)
+
+    impl.attention_core.prefill = late
+    return run_rank(rank, world_size, call)
+
+
+def kv_written_for_another_head(rank: int, world_size: int, call: RankCall) -> Result:
+    right = LayerParallel.for_cache
+    if rank == 1:
+        LayerParallel.for_cache = lambda self, x: right(self, x.flip(1))
+    return run_rank(rank, world_size, call)
+
+
+def sinks_of_another_rank(rank: int, world_size: int, call: RankCall) -> Result:
+    right = impl_parallel._build
+
+    def build(given: RankCall) -> Any:
+        module, options = right(given)
+        if rank == 1:
+            sink = module.learned_sinks.sink
+            sink.copy_(torch.from_numpy(given.weights["sinks"][: len(sink)]))
+        return module, options
+
+    impl_parallel._build = build
+    return run_rank(rank, world_size, call)
+
+
+def batch_rows_swapped(rank: int, world_size: int, call: RankCall) -> Result:
+    right = DecodePhase.rows
+
+    def swapped(self: Any, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        return right(self, x.roll(x.shape[dim] // 2, dim), dim)
+
+    DecodePhase.rows = swapped
+    return run_rank(rank, world_size, call)
+
+
+def killed_in_decode(rank: int, world_size: int, call: RankCall) -> Result:
+    right = DecodePhase.reduce
+
+    def reduce(self: Any, product: torch.Tensor) -> torch.Tensor:
+        if rank == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return right(self, product)
+
+    DecodePhase.reduce = reduce
+    return run_rank(rank, world_size, call)
