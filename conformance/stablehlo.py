@@ -34,7 +34,7 @@ _NARROW = {
 }
 """Dtypes NumPy lacks: torch's integers of their width, and ml_dtypes' own."""
 
-Executable = Callable[..., list[torch.Tensor | None]]
+Executable = Callable[[list[torch.Tensor]], list[torch.Tensor | None]]
 
 
 def require() -> None:
@@ -105,11 +105,11 @@ class StableHLOBackend:
         self._observe(program)
         execute = load(program.stablehlo)
 
-        def run(*arguments: torch.Tensor) -> list[torch.Tensor | None]:
-            results = iter(execute(*arguments))
+        def run(arguments: list[torch.Tensor]) -> list[torch.Tensor | None]:
+            results = iter(execute(arguments))
             return [next(results) if isinstance(out, Node) else None for out in returned]
 
-        run._boxed_call = False  # type: ignore[attr-defined]
+        run._boxed_call = True  # type: ignore[attr-defined]
         return run
 
 
@@ -117,11 +117,23 @@ def lower(graph: GraphModule) -> str:
     """Return the StableHLO of a graph of ATen operators whose outputs are all tensors."""
     from torch_mlir import fx
 
-    return str(fx.stateless_fx_import(graph, output_type="stablehlo", model_name="main"))
+    module = fx.stateless_fx_import(graph, output_type="stablehlo", model_name="main")
+    return _with_constants_inside(str(module))
 
 
-def load(stablehlo: str) -> Callable[..., list[torch.Tensor]]:
-    """Compile StableHLO with XLA for CPU and return it as a function of tensors."""
+def _with_constants_inside(text: str) -> str:
+    """Write constants where they stand; torch-mlir keeps them apart, where XLA does not look.
+
+    A resource is the alignment, as 4 bytes, and the elements; an inline constant is these alone.
+    """
+    apart = re.findall(r'(\S+): "0x[0-9A-Fa-f]{8}([0-9A-Fa-f]*)"', text)
+    for name, elements in apart:
+        text = text.replace(f"dense_resource<{name}>", f'dense<"0x{elements}">')
+    return text
+
+
+def load(stablehlo: str) -> Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]:
+    """Compile StableHLO with XLA for CPU and return it as a function of its arguments."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
     from jax._src.interpreters import mlir
@@ -137,7 +149,7 @@ def load(stablehlo: str) -> Callable[..., list[torch.Tensor]]:
             [],
         )
 
-    def execute(*arguments: torch.Tensor) -> list[torch.Tensor]:
+    def execute(arguments: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         with jax.enable_x64(True):  # or int64 and float64 would be cut to 32 bits
             given = [jax.device_put(_to_numpy(argument), device) for argument in arguments]
         results = loaded.execute_sharded(given).disassemble_into_single_device_arrays()
