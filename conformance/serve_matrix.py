@@ -115,9 +115,15 @@ def _corners() -> Iterator[_Served]:
     yield _Served(_CHUNK, "chunk", "prompt15_16.decode2.prompt17_1.decode2")
     yield _Served(_LAYER, "paged8", "prompt7_8.decode2.prompt7_1.decode2")
     yield _Served(_LAYER, "contiguous", "decode3")
+    # from 128 tokens on a prompt behind a cached prefix is served as prefill, not as decode
+    yield _Served(_RICH, "paged8", "prompt40_21.prompt130_128.decode1")
+    yield _Served(_WINDOW, "contiguous", "prompt40_21.prompt129.decode1")
     yield _Served(_LAYER, "contiguous", "prompt3.decode1", (20, 0))
     small = replace(_LAYER, num_attention_heads=2, num_key_value_heads=1)
     yield _Served(small, "contiguous", "prompt3.decode1", (16400,))
+    # long enough for a kernel that streams
+    streamed = replace(small, learned_sinks_size=1, sliding_window=96)
+    yield _Served(streamed, "contiguous", "prompt19.prompt520.decode1", (0,))
     yield _Served(replace(small, sliding_window=16), "rolling", "prompt3.decode1", (16400,))
     yield _Served(replace(small, attention_chunk_size=16), "chunk", "prompt5.decode1", (16407,))
 
