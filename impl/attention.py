@@ -36,12 +36,13 @@ from impl.step import Phase, StepInputs, select_phase
 class NeuronAttentionBase(AttentionLayer):
     """Grouped-query attention with everything NxD Inference's module can be configured to do.
 
-    Order of operations: fused RMS norm (if passed), q/k/v projection with bias, clip, weightless
-    norm of the flat q and k (PRE_ROPE), weighted norm of the flat q and k (scope PROJECTION), split
-    into heads, weighted norm per head (PRE_ROPE), RoPE or temperature, weighted norm per head
-    (POST_ROPE), weightless norm per head (POST_ROPE), attention, output projection with bias. V is
-    never normed or rotated, and the cache holds K after norms and RoPE. Every path casts the input
-    to the layer's dtype and the output back. `impl.kernels.native` lists every rounding.
+    Order of operations: residual and RMS norm where the QKV kernel fuses them, q/k/v projection
+    with bias, LoRA, clip, weightless norm of the flat q and k (PRE_ROPE), weighted norm of the flat
+    q and k (scope PROJECTION), split into heads, weighted norm per head (PRE_ROPE), RoPE or
+    temperature, weighted norm per head (POST_ROPE), weightless norm per head (POST_ROPE),
+    attention, output projection with bias and LoRA. V is never normed or rotated, and the cache
+    holds K after norms and RoPE. Every path casts the input to the layer's dtype and the output
+    back. `impl.kernels.native` lists every rounding.
 
     Args:
         config: the model's configuration; its `neuron_config` says how the layer is run.
@@ -280,6 +281,8 @@ class NeuronAttentionBase(AttentionLayer):
         check_keywords(kwargs)
         check_hidden_states(hidden_states, self.input_size)
         check_residual(residual, hidden_states)
+        if residual is not None and self.fuses_input:  # Before ranks take their rows or tokens.
+            hidden_states = residual = hidden_states + residual
         if adapter_ids is not None and self.lora is None:
             raise ShapeError(
                 explain("adapter_ids", "be None in a layer without lora_config", "adapter ids")

@@ -94,10 +94,7 @@ class AttentionLayer(AttentionCore):
         return self.chunked_attention_forward(step)
 
     def _layer_forward(self, step: StepInputs) -> NeuronAttentionBaseOutput:
-        hidden_states, residual = step.hidden_states, step.residual
-        if residual is not None and self.fuses_input:
-            hidden_states = residual = hidden_states + residual
-        hidden_states = hidden_states.to(self.torch_dtype)
+        hidden_states = step.hidden_states.to(self.torch_dtype)
         positions, rotary_positions = step.position_ids, step.rotary_position_ids
         encodes = step.phase is Phase.CONTEXT_ENCODING
         phase = self.parallel.prefill if encodes else self.parallel.decode
@@ -124,6 +121,7 @@ class AttentionLayer(AttentionCore):
         if self.lora is not None:
             output = self.lora.add(merged, step.adapter_ids, "o_proj", output)
         output = output.to(step.hidden_states.dtype)
+        residual = step.residual
         if isinstance(phase, PrefillPhase):
             k, v = self.parallel.for_cache(k), self.parallel.for_cache(v)
             if phase.ends_a_row and residual is not None:

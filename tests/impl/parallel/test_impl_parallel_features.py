@@ -267,3 +267,34 @@ def test_the_output_bias_is_added_once() -> None:
     state["o_proj.weight"] = torch.zeros_like(state["o_proj.weight"])
     for got in on_ranks(4, lambda _: encode(build(8, 2, {"tp_degree": 4}, state)).hidden_states):
         assert torch.equal(got, state["o_proj.bias"].expand_as(got))
+
+
+@pytest.mark.parametrize("decodes", [False, True])
+@pytest.mark.parametrize("degrees", [{}, {"cp_degree": 2}, {"attention_dp_degree": 2}], ids=str)
+def test_a_fused_residual_and_norm_meet_the_cut_of_tokens_and_rows(
+    degrees: dict[str, Any], decodes: bool
+) -> None:
+    state = checkpoint(4, 1, bias=True)
+    norm = RMSNorm(HIDDEN)
+    norm.to(torch.float64).weight.data.copy_(torch.linspace(0.5, 2.0, HIDDEN))
+    seq_len = 1 if decodes else SEQ
+    residual = tokens(seq_len, BATCH, seed=7)
+    cache = tuple(tokens(5, BATCH, seed=s)[:, None, :, :WIDTH].contiguous() for s in (8, 9))
+
+    def step(rank: int, run: dict[str, Any]) -> Any:
+        made = build(4, 1, {"qkv_kernel_enabled": True, **run}, state)
+        call: dict[str, Any] = {"residual": residual, "rmsnorm": norm}
+        at = positions(seq_len, 5 if decodes else 0, batch=BATCH)
+        if decodes:
+            share = BATCH // run.get("attention_dp_degree", 1)
+            own = slice(0, BATCH) if share == BATCH else slice(rank * share, (rank + 1) * share)
+            call["past_key_value"] = tuple(t[own] for t in cache)
+        else:
+            call["attention_mask"] = at >= 0
+        return made(tokens(seq_len, BATCH), position_ids=at, **call)
+
+    expected = step(0, {})
+    assert torch.equal(expected.residual, tokens(seq_len, BATCH) + residual)
+    for got in on_ranks(2, lambda rank: step(rank, {"tp_degree": 2, **degrees})):
+        assert relative_error(got.hidden_states, expected.hidden_states) <= ROUNDOFF
+        assert torch.equal(got.residual, expected.residual)
