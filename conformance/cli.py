@@ -329,7 +329,7 @@ def certify(output: Path | None) -> None:
 
 
 @main.command()
-@click.argument("what", type=click.Choice(["golden", "rules"]))
+@click.argument("what", type=click.Choice(["golden", "impl", "rules"]))
 @click.option(
     "--json",
     "output",
@@ -338,15 +338,27 @@ def certify(output: Path | None) -> None:
 )
 @click.option("--quick", is_flag=True, help="Few and short cases, to see that it works.")
 @_PAGE
-def bench(what: str, output: Path | None, quick: bool, page: Path | None) -> None:
-    """Measure golden's speed, or acceptance rules, against named peers in the same run."""
+@click.option(
+    "--longest",
+    type=click.IntRange(min=1),
+    help="bench impl: leave out prefills of more tokens.",
+)
+def bench(
+    what: str, output: Path | None, quick: bool, page: Path | None, longest: int | None
+) -> None:
+    """Measure speed of golden or impl, or acceptance rules, against named peers in the same run."""
     if what == "rules":
         from conformance.benchmarks import rules
 
         rules.run(output, quick, page=page)
         return
+    if what == "impl":
+        from conformance.benchmarks import impl_speed
+
+        impl_speed.run(output, quick, page=page, longest=longest)
+        return
     if page is not None:
-        raise _Failure("page belongs to `bench rules`; docs/golden-speed.md is written by hand")
+        raise _Failure("bench golden has no --page; docs/golden-speed.md is written by hand")
     from conformance.benchmarks import golden_speed
 
     golden_speed.run(output, quick)

@@ -95,7 +95,7 @@ def _drawn(shape: tuple[int, ...], dtype: Any, seed: int) -> Any:
     return out
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     """Return a field of this process's status in bytes; the peak so far where there is none."""
     try:
         status = Path("/proc/self/status").read_text()
@@ -110,10 +110,10 @@ def _take(case: str) -> Taken:
     call = make(length)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before, start = _resident("VmRSS"), time.perf_counter()
+    before, start = resident("VmRSS"), time.perf_counter()
     result = call()
     seconds = time.perf_counter() - start
-    beyond = _resident("VmHWM") - before - result.output.nbytes - result.logsumexp.nbytes
+    beyond = resident("VmHWM") - before - result.output.nbytes - result.logsumexp.nbytes
     return Taken(seconds, beyond / MB)
 
 

@@ -45,6 +45,21 @@ class Scale:
         return self.factor if self.softcap is None else self.factor / self.softcap
 
 
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _zero_unless(values: Tensor, kept: Tensor) -> Tensor:
+    """Zero all that is not kept, whatever it is, NaN included.
+
+    Eager masked_fill on cpu is not vectorised under a mask that broadcasts; a conjunction of bits
+    computes the same five times as fast. Compilers vectorise either, and know masked_fill.
+    """
+    if values.device.type != "cpu" or torch.compiler.is_compiling():
+        return values.masked_fill(~kept, 0.0)
+    bits = _BITS[values.element_size()]
+    return (values.view(bits) & -kept.to(bits)).view(values.dtype)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Keys:
     """Keys and values, cached or of the step, and what data hides of them.
@@ -78,8 +93,8 @@ class Keys:
             part = (self.k if which == "k" else self.v)[:, :, first:stop]
         if clean and self.mask is not None:
             seen = self.mask[:, :, :, first:stop]
-            unseen = ~(seen if seen.shape[2] == 1 else seen.any(dim=2, keepdim=True))
-            part = part.masked_fill(unseen.transpose(2, 3), 0.0)
+            seen = seen if seen.shape[2] == 1 else seen.any(dim=2, keepdim=True)
+            part = _zero_unless(part, seen.transpose(2, 3))
         return part.to(compute_dtype(part.dtype)).flatten(0, 1)
 
 

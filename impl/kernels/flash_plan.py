@@ -43,6 +43,16 @@ class Tile:
     partial: bool
 
 
+def _cut(first: int, end: int) -> Iterator[tuple[int, int]]:
+    """Cut keys into tiles; the last takes a rest shorter than a quarter of a tile with it."""
+    while first < end:
+        stop = first + KV_TILE
+        if end - stop < KV_TILE / 4:
+            stop = end
+        yield first, stop
+        first = stop
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TilePlan:
     """Static geometry of one call.
@@ -88,8 +98,7 @@ class TilePlan:
             (False, max(low, 0), high),
         ):
             shift = self.prior_len if of_prior else 0
-            for key in range(oldest, newest, KV_TILE):
-                stop = min(key + KV_TILE, newest)
+            for key, stop in _cut(oldest, newest):
                 yield Tile(
                     start=start,
                     end=end,

@@ -204,6 +204,15 @@ def test_a_given_mask_narrows_positions_or_stands_alone(lines: int) -> None:
         assert_same(got, native.context_encoding(q, k, v, mask, sink, RULE), (q, k, v, sink))
 
 
+@pytest.mark.parametrize("length", [8, 9, 10, 17])
+def test_a_short_rest_joins_the_last_tile(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash_plan, "KV_TILE", 8)
+    q, k, v, sink = heads(length, length)
+    got = flash_attention(q, k, v, rule=RULE, sink=sink)
+    mask = by_position(length, length)
+    assert_same(got, native.context_encoding(q, k, v, mask, sink, RULE), (q, k, v, sink))
+
+
 def test_logits_far_beyond_the_range_of_exp() -> None:
     q, k, v, sink = heads(9, 9, scale=3000.0)
     expected = native.context_encoding(q, k, v, by_position(9, 9), sink, RULE)
@@ -267,8 +276,10 @@ def test_empty_tiles_are_not_computed(limits: dict[str, int], offset: int, most:
     assert 0 < len(tiles) <= most
 
 
-def test_a_tile_called_full_hides_nothing() -> None:
+@pytest.mark.parametrize("kv_tile", [1, KV_TILE, 5, 8, 64])
+def test_a_tile_called_full_hides_nothing(kv_tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tile against the plain mask: empty where left out, all True where called full."""
+    monkeypatch.setattr(flash_plan, "KV_TILE", kv_tile)
     for window, chunk, offset, stride in itertools.product(
         (None, 1, 4, 6), (None, 4, 5), (0, 2), (1, 3)
     ):

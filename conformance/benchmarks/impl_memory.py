@@ -1,0 +1,46 @@
+"""Peak memory of `impl`'s streamed prefill, each length in a process of its own.
+
+`python -m conformance.benchmarks.impl_memory LENGTH` prints the megabytes that one prefill of a
+layer with sinks, which no kernel but the streamed one can express, takes beyond its weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from conformance.benchmarks.impl_contenders import prefill_layer
+from conformance.benchmarks.peak_memory import MB, resident
+
+
+def measure(length: int) -> float:
+    """Run a prefill of `length` tokens in a fresh process; megabytes beyond the weights.
+
+    Raises:
+        RuntimeError: the process failed.
+    """
+    command = [sys.executable, "-m", __name__, str(length)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"the memory of length {length} could not be measured:\n{done.stderr}")
+    return float(done.stdout)
+
+
+@torch.no_grad()
+def take(length: int) -> float:
+    """Run it here: largest resident set on the way, beyond what was resident before."""
+    prefill_layer(torch.float32, 64, learned_sinks_size=1)()  # what is loaded once is no need
+    call = prefill_layer(torch.float32, length, learned_sinks_size=1)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = resident("VmRSS")
+    call()
+    return (resident("VmHWM") - before) / MB
+
+
+if __name__ == "__main__":
+    print(take(int(sys.argv[1])))
