@@ -196,6 +196,25 @@ class Step(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """What golden was given.
+
+    Attributes:
+        config: the layer.
+        weights: its arrays.
+        hidden_states: `(batch, q_len, hidden_size)`, after norm and residual if they are fused.
+        positions: `(batch, q_len)`, -1 for padding.
+        cache: what was cached before.
+    """
+
+    config: AttentionConfig
+    weights: golden.AttentionWeights
+    hidden_states: np.ndarray[Any, Any]
+    positions: np.ndarray[Any, Any]
+    cache: golden.ContiguousCache
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Built:
     """A path ready to run.
 
@@ -205,26 +224,33 @@ class Built:
         expected: golden's output, K and V, float64, in the order of the step's; output alone
             where a cache keeps K and V in slots of its own.
         valid: `(batch, q_len)`, which tokens are no padding.
+        problem: what golden was given.
     """
 
     step: Step
     tensors: dict[str, Tensor]
     expected: tuple[np.ndarray[Any, Any], ...]
     valid: np.ndarray[Any, Any]
+    problem: Problem
 
 
 def build(path: Path, dtype: torch.dtype) -> Built:
-    """Make a path's layer and inputs; golden's answer to them is exact in float64 alone."""
+    """Make a path's layer and inputs, which every dtype holds exactly."""
     config = LAYERS[path.layer]
     rng = np.random.default_rng(0)
+
+    def draw(shape: Any) -> np.ndarray[Any, Any]:
+        drawn: np.ndarray[Any, Any] = np.round(32.0 * rng.standard_normal(shape)) / 32.0
+        return drawn
+
     weights = golden.make_weights(
         config,
         **{
-            name: ("norm" in name and "bias" not in name) + 0.3 * rng.standard_normal(shape)
+            name: ("norm" in name and "bias" not in name) + 0.25 * draw(shape)
             for name, shape in golden.weight_shapes(config).items()
         },
     )
-    hidden = rng.standard_normal((2, path.q_len, config.hidden_size))
+    hidden = draw((2, path.q_len, config.hidden_size))
     positions = np.stack([np.arange(path.q_len)] * 2)
     valid = np.ones_like(positions, dtype=bool)
     slots = 12 if path.q_len < 6 else max(CACHED) + path.q_len
@@ -232,7 +258,7 @@ def build(path: Path, dtype: torch.dtype) -> Built:
     if path.cached:
         positions += np.array(CACHED)[:, None]
         shape = (2, config.num_key_value_heads, slots, config.head_dim)
-        held = [rng.standard_normal(shape) for _ in range(2)]
+        held = [draw(shape) for _ in range(2)]
         if path.manager:  # what a manager never wrote is zero; elsewhere slots hold anything
             for row, length in enumerate(CACHED):
                 for values in held:
@@ -249,7 +275,7 @@ def build(path: Path, dtype: torch.dtype) -> Built:
 
     longest = slots if path.cached or path.manager else path.q_len
     limits = ("sliding_window", "attention_chunk_size") if path.own_slots else ()
-    seen, scale = hidden, rng.standard_normal(config.hidden_size)
+    seen, scale = hidden, draw(config.hidden_size)
     if "norm and residual" in path.given:
         ones = np.ones_like(hidden)
         seen = golden.add_and_normalise(hidden, weight=scale, residual=ones).hidden_states
@@ -326,7 +352,16 @@ def build(path: Path, dtype: torch.dtype) -> Built:
     elif layer.k_cache_transposed:
         keys = (keys[0].transpose(0, 1, 3, 2), keys[1])
     step = Step(layer, manager, settled.pop("rmsnorm", None), settled).eval().requires_grad_(False)
-    return Built(step=step, tensors=tensors, expected=(result.output, *keys), valid=valid)
+    problem = Problem(
+        config=config, weights=weights, hidden_states=seen, positions=known, cache=cache
+    )
+    return Built(
+        step=step,
+        tensors=tensors,
+        expected=(result.output, *keys),
+        valid=valid,
+        problem=problem,
+    )
 
 
 def _adapters(
