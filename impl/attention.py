@@ -291,11 +291,12 @@ class NeuronAttentionBase(AttentionLayer):
         cache_arguments = {name: kwargs[name] for name in CACHE_KEYWORDS if name in kwargs}
         if self.dp_degree > 1 and (get_kv_per_layer or past_key_value is not None):
             rows = self.parallel.decode.own_rows
-            hidden_states, attention_mask, position_ids, active_mask, ids = rows(
+            hidden_states, attention_mask, position_ids, active_mask, adapter_ids, ids = rows(
                 hidden_states,
                 attention_mask,
                 position_ids,
                 active_mask,
+                adapter_ids,
                 cache_arguments.get("seq_ids"),
             )
             cache_arguments["seq_ids"] = ids

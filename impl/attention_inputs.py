@@ -72,7 +72,7 @@ class AttentionInputs(AttentionRotary):
         self.num_key_value_groups = self.num_heads // self.num_key_value_heads
         self.qkv_bias = qkv_bias
         self._init_norms(q_layernorm, k_layernorm)
-        self.lora = self._make_lora()
+        self.lora = self._make_lora(parallel.prefill_heads)
         self.parallel = parallel
         self.clip_qkv = clip_qkv
         if parallel.shares_weights:
@@ -93,14 +93,18 @@ class AttentionInputs(AttentionRotary):
             clip_qkv=self.clip_qkv,
         )
 
-    def _make_lora(self) -> LayerLora | None:
+    def _make_lora(self, heads: PhaseHeads) -> LayerLora | None:
         config = self.neuron_config.lora_config
         if config is None:
             return None
-        q, kv = self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        widths = {f"{name}_proj": (self.input_size, kv) for name in "kv"}
-        widths |= {"q_proj": (self.input_size, q), "o_proj": (q, self.hidden_size)}
-        return LayerLora(config, widths, self.torch_dtype)
+        return LayerLora(
+            config,
+            self.options,
+            input_size=self.input_size,
+            query=heads.query,
+            key_value=heads.key_value,
+            dtype=self.torch_dtype,
+        )
 
     def get_qkv_proj(self, is_prefill_stage: bool) -> GroupQueryAttention_QKV:
         """Projection of a phase: one for both, or `cte_qkv_proj` and `tkg_qkv_proj`."""

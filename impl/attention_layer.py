@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from impl.attention_core import AttentionCore
 from impl.config import InferenceConfig
@@ -117,10 +120,7 @@ class AttentionLayer(AttentionCore):
         if isinstance(phase, PrefillPhase):
             k, v = phase.gather_keys(k, v)
         merged = self.attend(step, q, k, v).transpose(1, 2).flatten(2)
-        output = self.get_o_proj(encodes)(merged, phase.reduce)
-        if self.lora is not None:
-            output = self.lora.add(merged, step.adapter_ids, "o_proj", output)
-        output = output.to(step.hidden_states.dtype)
+        output = self._project_output(merged, phase, step).to(step.hidden_states.dtype)
         residual = step.residual
         if isinstance(phase, PrefillPhase):
             k, v = self.parallel.for_cache(k), self.parallel.for_cache(v)
@@ -133,3 +133,15 @@ class AttentionLayer(AttentionCore):
             sin_cache=sin_cache,
             residual=residual,
         )
+
+    def _project_output(
+        self, merged: Tensor, phase: PrefillPhase | DecodePhase, step: StepInputs
+    ) -> Tensor:
+        """Project the heads' outputs, with the term of the rows' adapters."""
+        project = self.get_o_proj(step.phase is Phase.CONTEXT_ENCODING)
+        if self.lora is None:
+            return project(merged, phase.reduce)
+        adapt = partial(self.lora.add, merged, step.adapter_ids, "o_proj")
+        if phase.stage.tp.size == 1:
+            return adapt(project(merged, phase.reduce))
+        return project(merged, lambda product: phase.reduce(adapt(product)))

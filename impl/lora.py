@@ -17,7 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from impl.errors import ConfigError, ShapeError, StateDictError, explain
+from impl.layer_options import LayerOptions
 from impl.neuron_config import require, require_positive
+from impl.parallel.head_layout import Slots
+from impl.parallel.weights import shard_heads
 from impl.precision import compute_dtype
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -112,24 +115,42 @@ class LoraProjection(nn.Module):
 
 
 class LayerLora(nn.ModuleDict):
-    """Adapters of one layer, by projection.
+    """Adapters of one layer, by projection; on several ranks, of this rank's heads.
+
+    A rank holds `lora_B` of its heads of q, k and v, and `lora_A` of its heads' columns of the
+    output projection, whose terms add up over ranks as its products do.
 
     Args:
         config: which projections, how many adapters, of which rank.
-        widths: `in_features` and `out_features` of every projection that could have adapters.
+        options: the layer's numeric options.
+        input_size: width of what q, k and v read.
+        query: query head in each slot of this rank.
+        key_value: KV head in each slot of this rank.
         dtype: the layer's dtype.
     """
 
     def __init__(
         self,
         config: LoraServingConfig,
-        widths: Mapping[str, tuple[int, int]],
+        options: LayerOptions,
+        *,
+        input_size: int,
+        query: Slots,
+        key_value: Slots,
         dtype: torch.dtype,
     ) -> None:
+        width, hidden = options.width, options.hidden_size
+        slots = {"q_proj": query, "k_proj": key_value, "v_proj": key_value, "o_proj": query}
+        own = {target: (input_size, len(held) * width) for target, held in slots.items()}
+        own["o_proj"] = (len(query) * width, hidden)
         super().__init__(
-            {t: LoraProjection(config, *widths[t], dtype=dtype) for t in config.target_modules}
+            {t: LoraProjection(config, *own[t], dtype=dtype) for t in config.target_modules}
         )
         self.config = config
+        self._slots, self._head_dim = slots, width
+        q, kv = options.num_attention_heads * width, options.num_key_value_heads * width
+        self._whole = {"q_proj": (input_size, q), "o_proj": (q, hidden)}
+        self._whole |= dict.fromkeys(("k_proj", "v_proj"), (input_size, kv))
 
     def add(self, x: Tensor, adapter_ids: Tensor | None, target: str, product: Tensor) -> Tensor:
         """Add each row's low-rank term to a projection.
@@ -162,7 +183,8 @@ class LayerLora(nn.ModuleDict):
         Args:
             index: its id from now on.
             state_dict: entries `*.<projection>.lora_A.weight`, `(rank, in_features)`, and
-                `*.lora_B.weight`, `(out_features, rank)`, as PEFT writes them.
+                `*.lora_B.weight`, `(out_features, rank)`, as PEFT writes them, of every head of
+                the model.
             lora_alpha: numerator of the scaling.
             use_rslora: divide it by the root of the rank and not by the rank.
             prefix: where this layer's entries are; others are not read.
@@ -186,11 +208,18 @@ class LayerLora(nn.ModuleDict):
                 module.lora_B[index].zero_()
                 if target not in found:
                     continue
-                down, up = found[target]["A"], found[target]["B"]
+                down, up = self._own(target, found[target]["A"], found[target]["B"])
                 rank = down.shape[0]
                 module.lora_A[index, :rank] = down
                 module.lora_B[index, :, :rank] = up
                 module.scaling[index] = lora_alpha / (rank**0.5 if use_rslora else rank)
+
+    def _own(self, target: str, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's heads of an adapter's two matrices."""
+        slots, width = self._slots[target], self._head_dim
+        if target == "o_proj":
+            return shard_heads(down, slots, width, 1), up
+        return down, shard_heads(up, slots, width)
 
     def _check(self, found: Mapping[str, Mapping[str, Tensor]]) -> None:
         unknown = sorted(set(found) - set(self))
@@ -199,15 +228,12 @@ class LayerLora(nn.ModuleDict):
                 explain("adapter", f"name projections among {sorted(self)}", unknown or "none")
             )
         for target, pair in found.items():
-            module = self[target]
-            assert isinstance(module, LoraProjection)
             if set(pair) != {"A", "B"}:
                 raise StateDictError(
                     explain(f"adapter {target}", "hold lora_A and lora_B", sorted(pair))
                 )
             down, up = tuple(pair["A"].shape), tuple(pair["B"].shape)
-            _, most, width = module.lora_A.shape
-            out = module.lora_B.shape[1]
+            most, (width, out) = self.config.max_lora_rank, self._whole[target]
             rank = down[0] if len(down) == 2 else 0
             if not 0 < rank <= most or down != (rank, width) or up != (out, rank):
                 raise StateDictError(

@@ -37,18 +37,20 @@ def check_layer_config(neuron_config: NeuronConfig) -> None:
 
     Raises:
         ConfigError: `lora_config` is of another kind.
-        UnsupportedError: adapters on several ranks.
+        UnsupportedError: adapters where the phases shard the weights unlike.
     """
     lora = neuron_config.lora_config
     if lora is not None and not isinstance(lora, LoraServingConfig):
         raise ConfigError(
             explain("lora_config", "be a LoraServingConfig or None", type(lora).__name__)
         )
-    if lora is not None and neuron_config.tp_degree > 1:
+    run = neuron_config
+    if lora is not None and run.cp_degree != run.attention_dp_degree:
         _refuse(
             "lora_config",
-            "be None on several ranks in this version",
-            f"adapters and tp_degree {neuron_config.tp_degree}",
+            "be None where prefill and decode shard the weights unlike",
+            f"adapters, cp_degree {run.cp_degree} and attention_dp_degree "
+            f"{run.attention_dp_degree}",
             "merge the adapter into the weights",
         )
 

@@ -236,6 +236,6 @@ def test_unusable_settings_are_refused(fields: dict[str, Any], words: str) -> No
         LoraServingConfig(**fields)
 
 
-def test_adapters_on_several_ranks_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="several ranks"):
-        layer(run={"lora_config": CONFIG, "tp_degree": 2})
+def test_adapters_are_refused_where_the_phases_shard_unlike() -> None:
+    with pytest.raises(UnsupportedError, match="shard the weights unlike"):
+        layer(run={"lora_config": CONFIG, "tp_degree": 2, "cp_degree": 2})

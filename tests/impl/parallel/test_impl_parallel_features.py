@@ -10,7 +10,15 @@ from parallel_layers import BATCH, SEQ, build, checkpoint, encode
 from thread_ranks import on_ranks
 from torch import Tensor
 
-from impl import GQA, ConfigError, L2Norm, QKNormPlacement, QKNormScope, RMSNorm
+from impl import (
+    GQA,
+    ConfigError,
+    L2Norm,
+    LoraServingConfig,
+    QKNormPlacement,
+    QKNormScope,
+    RMSNorm,
+)
 from impl.parallel import strided
 
 HEADS, KV = 6, 2
@@ -298,3 +306,56 @@ def test_a_fused_residual_and_norm_meet_the_cut_of_tokens_and_rows(
     for got in on_ranks(2, lambda rank: step(rank, {"tp_degree": 2, **degrees})):
         assert relative_error(got.hidden_states, expected.hidden_states) <= ROUNDOFF
         assert torch.equal(got.residual, expected.residual)
+
+
+def adapter(heads: int, kv: int, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {"q_proj": (HIDDEN, heads * WIDTH), "o_proj": (heads * WIDTH, HIDDEN)}
+    sizes |= dict.fromkeys(("k_proj", "v_proj"), (HIDDEN, kv * WIDTH))
+    state = {}
+    for name, (width, out) in sizes.items():
+        for letter, shape in (("A", (3, width)), ("B", (out, 3))):
+            values = torch.randn(shape, generator=generator, dtype=torch.float64)
+            state[f"{name}.lora_{letter}.weight"] = 0.3 * values
+    return state
+
+
+@pytest.mark.parametrize("decodes", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kv", "run"),
+    [
+        (6, 2, {"tp_degree": 2}),
+        (6, 2, {"tp_degree": 4, "fused_qkv": True}),
+        (4, 1, {"tp_degree": 2, "cp_degree": 2, "attention_dp_degree": 2}),
+        (6, 2, {"tp_degree": 4, "cp_degree": 2, "attention_dp_degree": 2}),
+    ],
+)
+def test_adapters_on_ranks_are_those_of_one_rank(
+    heads: int, kv: int, run: dict[str, Any], decodes: bool
+) -> None:
+    state = checkpoint(heads, kv, bias=True)
+    ids = torch.tensor([1, -1, 0, 1])
+    lora = LoraServingConfig(max_loras=2, max_lora_rank=4)
+    past = build(heads, kv, {}, state)(tokens(5, BATCH), positions(5, batch=BATCH) >= 0)
+
+    def step(rank: int, run: dict[str, Any]) -> Any:
+        made = build(heads, kv, {"lora_config": lora, **run}, state)
+        for index in range(2):
+            made.lora.load_adapter(index, adapter(heads, kv, index), lora_alpha=2.0)
+        if not decodes:
+            at = positions(SEQ, batch=BATCH)
+            return made(tokens(SEQ, BATCH), at >= 0, at, adapter_ids=ids).hidden_states
+        dp = run.get("attention_dp_degree", 1)
+        own = slice((rank // (run.get("tp_degree", 1) // dp)) * BATCH // dp, None)
+        own = slice(own.start, own.start + BATCH // dp)
+        cache = tuple(
+            torch.cat([t[own, head : head + 1] for head in made.parallel.decode_heads.key_value], 1)
+            for t in past.present_key_value
+        )
+        call = {"past_key_value": cache, "adapter_ids": ids}
+        at = positions(1, 5, batch=BATCH)
+        return made(tokens(1, BATCH), position_ids=at, **call).hidden_states
+
+    expected = step(0, {})
+    for got in on_ranks(run["tp_degree"], lambda rank: step(rank, run)):
+        assert relative_error(got, expected) <= ROUNDOFF
