@@ -29,7 +29,13 @@ from impl.output import NeuronAttentionBaseOutput
 from impl.packing import check_rotary, packed_sequences, update_arguments
 from impl.parallel.layer import LayerParallel
 from impl.parallel.sharding_strategy import GQA
-from impl.serving import CACHE_KEYWORDS, check_group, check_keywords, check_layer_config
+from impl.serving import (
+    CACHE_KEYWORDS,
+    check_cores,
+    check_group,
+    check_keywords,
+    check_layer_config,
+)
 from impl.step import Phase, StepInputs, select_phase
 
 
@@ -81,7 +87,9 @@ class NeuronAttentionBase(AttentionLayer):
         optimize_interleave_attn: chunked layers in a row under context parallelism hand each other
             the tokens of each rank: only the first takes, and only the last returns, the sequence,
             the last with `residual` added.
-        num_cores_per_group: 1; more needs flash decoding.
+        num_cores_per_group: ranks that keep one KV head's tokens together (flash decoding),
+            `tp_degree / num_key_value_heads`; 1 is each its own. A rank's cache manager takes
+            `core = rank % num_cores_per_group`.
         sequence_parallel_enabled: None is the configuration's.
         tensor_model_parallel_group: None, or the group of all ranks.
         o_proj_layer_name: name of the output projection in checkpoints.
@@ -134,7 +142,7 @@ class NeuronAttentionBase(AttentionLayer):
     ) -> None:
         run = config.neuron_config
         check_layer_config(run)
-        check_group(tensor_model_parallel_group, num_cores_per_group, run.tp_degree)
+        check_group(tensor_model_parallel_group, run.tp_degree)
         options = LayerOptions(
             hidden_size=hidden_size,
             num_attention_heads=num_attention_heads,
@@ -155,6 +163,7 @@ class NeuronAttentionBase(AttentionLayer):
             floor_scale=floor_scale,
             attn_scale=attn_scale,
         )
+        check_cores(run, num_cores_per_group, options)
         chunk = options.routed_chunk_size(run)
         both = is_pre_global_attn_layer and is_post_global_attn_layer
         handed_on = optimize_interleave_attn and not both and chunk is not None
@@ -180,6 +189,7 @@ class NeuronAttentionBase(AttentionLayer):
                 sequence_parallel=sequence_parallel_enabled,
                 stays_split_before=handed_on and not is_post_global_attn_layer,
                 stays_split_after=handed_on and not is_pre_global_attn_layer,
+                num_cores_per_group=num_cores_per_group,
             ),
         )
         self.attention_chunk_size = chunk
@@ -317,7 +327,8 @@ class NeuronAttentionBase(AttentionLayer):
                 raise ShapeError(
                     explain("past_key_value", "be None when get_kv_per_layer is True", "a cache")
                 )
-            past_key_value = read_cache(kv_mgr, cache_arguments, self.k_cache_transposed)
+            own = hidden_states.shape[0] if packing is None else None
+            past_key_value = read_cache(kv_mgr, cache_arguments, self.k_cache_transposed, own)
         phase, past_key_value = select_phase(
             self.neuron_config,
             hidden_states.shape[1],

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from impl.attention_setup import AttentionSetup
 from impl.errors import ShapeError, UnsupportedError, explain
+from impl.flash_decoding import KeyPart, attend_on_group
 from impl.kernels import PriorKeys, decode, native, prefill
 from impl.kv_cache import KeyValue
 from impl.masks import active_token_mask, context_encoding_mask, prior_mask, validity
@@ -37,21 +38,23 @@ class AttentionCore(AttentionSetup):
             Like `q`.
         """
         past = step.past_key_value
+        encodes = step.phase is Phase.CONTEXT_ENCODING
+        shared = self.parallel.splits_tokens_or_rows or self.parallel.core_group.size > 1
+        if past is not None and encodes and shared:
+            raise UnsupportedError(
+                explain(
+                    "past_key_value",
+                    "be None in prefill under context or data parallelism or flash decoding",
+                    "a cache",
+                    "a rank's cache lacks heads, rows or tokens that its prefill would read",
+                )
+            )
         if step.packing is not None:
             return self.perform_contexted_prefill(q, k, v, step, step.packing)
         if past is None:
             return self.perform_prefill(q, k, v, step.attention_mask, step.position_ids)
         prior = (past, step.attention_mask, step.active_mask, step.cache_layout)
-        if step.phase is Phase.CONTEXT_ENCODING:
-            if self.parallel.splits_tokens_or_rows:
-                raise UnsupportedError(
-                    explain(
-                        "past_key_value",
-                        "be None in prefill under context or data parallelism",
-                        "a cache",
-                        "a rank's cache lacks heads or rows that its prefill would read",
-                    )
-                )
+        if encodes:
             return self.perform_prefix_prefill(q, k, v, step.position_ids, *prior)
         return self.compute_for_token_gen(q, k, v, step.position_ids, *prior)
 
@@ -269,15 +272,22 @@ class AttentionCore(AttentionSetup):
             "attention_chunk_size": self.options.attention_chunk_size,
         }
         among = active_mask if q_len > 1 else None
+        seen = prior_mask(attention_mask, position_ids, held, **limits)
+        own = active_token_mask(among, position_ids, **limits)
+        sink = self.get_learned_sinks(is_prefill_stage=False)
+        if self.parallel.core_group.size > 1:
+            cached, active = KeyPart(k_prior, v_prior, seen), KeyPart(k, v, own)
+            group = self.parallel.core_group
+            return attend_on_group(q, cached, active, sink, self.score_rule, group)
         return decode(
             q,
             k,
             v,
             k_prior,
             v_prior,
-            prior_mask(attention_mask, position_ids, held, **limits),
-            active_token_mask(among, position_ids, **limits),
-            self.get_learned_sinks(is_prefill_stage=False),
+            seen,
+            own,
+            sink,
             self.score_rule,
             implementation=resolve_decode_kernel(v_prior.shape[2], q.device.type),
             k_prior_transposed=self.k_cache_transposed,

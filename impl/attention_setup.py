@@ -11,7 +11,7 @@ from impl.config import InferenceConfig
 from impl.kernels import PrefillRule, native
 from impl.layer_options import LayerOptions
 from impl.sink import LearnedSink
-from impl.slot_positions import ContiguousSlots, LeftPaddedSlots, SlotLayout
+from impl.slot_positions import ContiguousSlots, LeftPaddedSlots, ShardSlots, SlotLayout
 from impl.strategy import (
     FlashAttentionStrategy,
     KernelChoice,
@@ -45,8 +45,7 @@ class AttentionSetup(AttentionInputs):
         self.learned_sinks_size = options.learned_sinks_size
         # A windowed layer keeps its keys as rows, as its cache does.
         self.k_cache_transposed = run.k_cache_transposed and options.sliding_window is None
-        left = run.padding_side == "left"
-        self.cache_layout: SlotLayout = LeftPaddedSlots() if left else ContiguousSlots()
+        self.cache_layout = self._default_layout()
         self.score_rule = native.ScoreRule(
             divisor=options.divisor, softcap=options.attn_logit_softcapping
         )
@@ -58,6 +57,11 @@ class AttentionSetup(AttentionInputs):
         )
         self._init_sinks()
         warn_of_unbound_kernels(run)
+
+    def _default_layout(self) -> SlotLayout:
+        if self.parallel.core_group.size > 1:
+            return ShardSlots(self.parallel.core_group.rank, self.parallel.core_group.size)
+        return LeftPaddedSlots() if self.padding_side == "left" else ContiguousSlots()
 
     def _init_sinks(self) -> None:
         """One sink parameter, and a second one for decode where the two phases shard unlike."""

@@ -7,9 +7,8 @@ outputs add up. With parts `p`:
 
     m = max_p m_p      total = sum_p exp(m_p - m) total_p      out = sum_p exp(s_p - m) / total v_p
 
-A sink counts once, in the join. A step's own keys are one more part, of one core alone. Which
-collectives move the pairs and the outputs is not said here: a part may be a core's, or any cut of
-one row of keys.
+A sink counts once, in the join. A step's own keys are one more part, of core 0 alone.
+`attend_on_group` does this on the ranks of a group; `attend_parts` with all parts in one place.
 
 Source: Dao et al. (2023), Flash-Decoding; neuronx-distributed-inference, `distributed_softmax` and
 `_filter_kv_for_flash_decoding`.
@@ -25,6 +24,8 @@ from torch import Tensor
 
 from impl.errors import ConfigError, explain
 from impl.kernels.native import ScoreRule, attention_scores
+from impl.parallel.collectives import all_gather, reduce_scatter
+from impl.parallel.groups import Group
 
 
 class KeyPart(NamedTuple):
@@ -171,3 +172,32 @@ def attend_parts(
     joint = join_row_sums([row_sums(part) for part in scores], sink)
     outputs = [part_output(s, p, joint) for s, p in zip(scores, parts, strict=True)]
     return torch.stack(outputs).sum(dim=0).to(q.dtype)
+
+
+def attend_on_group(
+    q: Tensor, cached: KeyPart, active: KeyPart, sink: Tensor | None, rule: ScoreRule, group: Group
+) -> Tensor:
+    """Attention of a decode step on one core of a group that keeps a KV head's tokens together.
+
+    Every core scores the queries of the whole group on its own tokens.
+
+    Args:
+        q: `(batch, num_attention_heads, q_len, head_dim)`, BHSD, of this core's query heads.
+        cached: this core's tokens, of one KV head.
+        active: the step's own, the same on every core.
+        sink: `(num_attention_heads,)`, of this core's query heads, or None.
+        rule: scale and softcap.
+        group: the cores.
+
+    Returns:
+        Like `q`, in its dtype.
+    """
+    queries = all_gather(q, 1, group)
+    sinks = None if sink is None else all_gather(sink, 0, group)
+    parts = (cached, active._replace(mask=active.mask & (group.rank == 0)))
+    scores = [part_scores(queries, part, rule) for part in parts]
+    own = join_row_sums([row_sums(part) for part in scores])
+    pairs = all_gather(torch.stack(own)[None], 0, group)
+    joint = join_row_sums([RowSums(*pair.unbind(0)) for pair in pairs.unbind(0)], sinks)
+    first, second = (part_output(s, p, joint) for s, p in zip(scores, parts, strict=True))
+    return reduce_scatter(first + second, 1, group).to(q.dtype)

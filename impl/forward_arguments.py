@@ -98,7 +98,7 @@ def require_manager(kv_mgr: KVCacheManager | None, arguments: dict[str, Any]) ->
 
 
 def read_cache(
-    kv_mgr: KVCacheManager | None, arguments: dict[str, Any], k_transposed: bool
+    kv_mgr: KVCacheManager | None, arguments: dict[str, Any], k_transposed: bool, rows: int | None
 ) -> KeyValue:
     """Return the cached keys and values of a layer, as the layer expects its keys.
 
@@ -109,6 +109,8 @@ def read_cache(
         kv_mgr: the cache manager.
         arguments: those of `get_kv_by_layer_id`.
         k_transposed: the layer expects keys as `(batch, kv_heads, head_dim, slots)`.
+        rows: rows of the step, which without sequence ids are the first lines of the cache; None
+            takes what the manager returns, of which packed sequences have a row each.
 
     Raises:
         ShapeError: there is no manager, or no `idx` to say which layer.
@@ -116,4 +118,4 @@ def read_cache(
     manager = require_manager(kv_mgr, arguments)
     k, v = manager.get_kv_by_layer_id(**arguments)
     differ = manager.caches[arguments["idx"]].k_transposed != k_transposed
-    return (k.transpose(2, 3) if differ else k), v
+    return (k.transpose(2, 3) if differ else k)[:rows], v[:rows]

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from impl.errors import AttentionError, ConfigError, UnsupportedError, explain
+from impl.layer_options import LayerOptions
 from impl.lora import LoraServingConfig
-from impl.neuron_config import NeuronConfig
+from impl.neuron_config import NeuronConfig, require
 from impl.packing import PACKING_KEYWORDS
 
 # Keyword arguments of the cache manager that pass through `forward`.
@@ -55,11 +56,11 @@ def check_layer_config(neuron_config: NeuronConfig) -> None:
         )
 
 
-def check_group(group: Any, num_cores_per_group: int, tp_degree: int) -> None:
-    """Refuse a process group of other ranks than the run's, and shared KV heads.
+def check_group(group: Any, tp_degree: int) -> None:
+    """Refuse a process group of other ranks than the run's.
 
     Raises:
-        UnsupportedError: either of them.
+        UnsupportedError: it has another size.
     """
     if group is not None and group.size() != tp_degree:
         _refuse(
@@ -68,8 +69,49 @@ def check_group(group: Any, num_cores_per_group: int, tp_degree: int) -> None:
             f"{group.size()} and {tp_degree}",
             "a layer runs on all ranks",
         )
-    if num_cores_per_group != 1:
-        _refuse("num_cores_per_group", "be 1", num_cores_per_group, "use the contiguous cache")
+
+
+def check_cores(run: NeuronConfig, cores: int, options: LayerOptions) -> None:
+    """Refuse flash decoding over cores that do not share one KV head each group.
+
+    Args:
+        run: how the layer is run.
+        cores: `num_cores_per_group`.
+        options: the layer's numeric options.
+
+    Raises:
+        ConfigError: flash decoding is off, heads and ranks do not fit, the layer is limited, or
+            ranks split tokens or rows besides.
+    """
+    if cores == 1:
+        return
+    heads = options.num_key_value_heads
+    require(
+        run.flash_decoding_enabled,
+        "flash_decoding_enabled",
+        f"be True when num_cores_per_group is {cores}",
+        False,
+    )
+    require(
+        heads * cores == run.tp_degree and heads < options.num_attention_heads,
+        "num_cores_per_group",
+        "be tp_degree / num_key_value_heads, in a layer whose query heads share KV heads",
+        f"{cores} for {run.tp_degree} and {heads}",
+        "the cores of a group keep one KV head together",
+    )
+    require(
+        run.cp_degree == 1 and run.attention_dp_degree == 1,
+        "cp_degree and attention_dp_degree",
+        f"be 1 when num_cores_per_group is {cores}",
+        f"{run.cp_degree} and {run.attention_dp_degree}",
+    )
+    require(
+        options.sliding_window is None,
+        "sliding_window",
+        f"be None when num_cores_per_group is {cores}",
+        options.sliding_window,
+        "a rolling cache is short enough for one core",
+    )
 
 
 def check_keywords(keywords: dict[str, Any]) -> None:

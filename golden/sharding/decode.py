@@ -15,16 +15,10 @@ from golden.lora import Lora
 from golden.masks import layer_mask
 from golden.serving import active_part
 from golden.sharding.flash_decoding import attend_in_groups
-from golden.sharding.layer import (
-    RankHeads,
-    ShardedLayer,
-    ShardedResult,
-    heads_of_ranks,
-    local_rows,
-    rotary_part,
-)
+from golden.sharding.layer import ShardedLayer, ShardedResult
 from golden.sharding.observers import RankObserver, unobserved_ranks
 from golden.sharding.output import dispatched_output, output_shares
+from golden.sharding.rank_heads import RankHeads, heads_of_ranks, local_rows, rotary_part
 from golden.sharding.rules import check_decode
 from golden.stages import Array, Observer
 

@@ -15,8 +15,9 @@ from golden.masks import layer_mask
 from golden.serving import active_part
 from golden.sharding.collectives import all_gather, all_to_all, over_groups
 from golden.sharding.core_cache import CoreCache
-from golden.sharding.layer import RankHeads, ShardedLayer
+from golden.sharding.layer import ShardedLayer
 from golden.sharding.mesh import Groups
+from golden.sharding.rank_heads import RankHeads
 from golden.split_kv import merge_attended
 from golden.stages import Array, Observer
 

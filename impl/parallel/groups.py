@@ -71,6 +71,7 @@ class ProcessGroups:
 
 
 _MADE: WeakKeyDictionary[Any, dict[tuple[object, ...], ProcessGroups]] = WeakKeyDictionary()
+_CORES: WeakKeyDictionary[Any, dict[int, Group]] = WeakKeyDictionary()
 
 
 def init_process_group(
@@ -127,18 +128,42 @@ def process_groups(run: NeuronConfig) -> ProcessGroups:
     return made[key]
 
 
+def core_group(run: NeuronConfig, cores: int) -> Group:
+    """Ranks that keep one KV head's tokens together (flash decoding), made on first use.
+
+    Args:
+        run: its `tp_degree` is the world size of `torch.distributed`.
+        cores: neighbouring ranks of a group; divides `tp_degree`.
+
+    Returns:
+        This rank's group, in which rank `r` is core `r % cores`.
+    """
+    if cores == 1:
+        return ALONE
+    rank = process_groups(run).rank
+    made = _CORES.setdefault(dist.group.WORLD, {})
+    if cores not in made:
+        ranks = torch.arange(run.tp_degree).view(-1, cores)
+        mesh = DeviceMesh(_device_type(), ranks, mesh_dim_names=("group", "core"))
+        made[cores] = _group(mesh, "core", cores, rank % cores)
+    return made[cores]
+
+
 def _make(before: StageMesh, after: StageMesh, rank: int) -> ProcessGroups:
     prefill = _stage(before, "cp", rank)
     return ProcessGroups(prefill, prefill if before == after else _stage(after, "dp", rank), rank)
 
 
 def _stage(mesh: StageMesh, split: str, rank: int) -> Stage:
-    device = {backend: kind for kind, backend in BACKENDS.items()}.get(dist.get_backend(), "cpu")
-    made = DeviceMesh(device, torch.tensor(mesh.rows), mesh_dim_names=(split, "tp"))
+    made = DeviceMesh(_device_type(), torch.tensor(mesh.rows), mesh_dim_names=(split, "tp"))
     row, column = mesh.coordinates(rank)
     return Stage(
         tp=_group(made, "tp", mesh.tp_degree, column), split=_group(made, split, mesh.groups, row)
     )
+
+
+def _device_type() -> str:
+    return {backend: kind for kind, backend in BACKENDS.items()}.get(dist.get_backend(), "cpu")
 
 
 def _group(mesh: DeviceMesh, name: str, size: int, rank: int) -> Group:

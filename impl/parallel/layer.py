@@ -9,7 +9,7 @@ from impl.config import InferenceConfig
 from impl.kv_cache import KVCacheManager
 from impl.neuron_config import NeuronConfig
 from impl.parallel.collectives import all_gather
-from impl.parallel.groups import Group, process_groups
+from impl.parallel.groups import Group, core_group, process_groups
 from impl.parallel.head_layout import PADDING, Slots, slots_of
 from impl.parallel.phases import DecodePhase, PrefillPhase
 from impl.parallel.rank_maps import StageMap, rank_maps
@@ -88,11 +88,14 @@ class LayerParallel:
         sequence_parallel: each rank is given its piece of the sequence; None is `run`'s.
         stays_split_before: see `PrefillPhase`.
         stays_split_after: see `PrefillPhase`.
+        num_cores_per_group: ranks that share a KV head's tokens in decode (flash decoding).
 
     Attributes:
         shares_weights: both phases use the same shard of the weights.
         prefill, decode: phases.
         prefill_heads, decode_heads: this rank's heads in them.
+        core_group: ranks that share the tokens of this rank's KV head; itself alone without flash
+            decoding.
 
     Raises:
         ConfigError: no process group of `tp_degree` ranks, or decode would read heads that this
@@ -110,8 +113,10 @@ class LayerParallel:
         sequence_parallel: bool | None = None,
         stays_split_before: bool = False,
         stays_split_after: bool = False,
+        num_cores_per_group: int = 1,
     ) -> None:
         groups = process_groups(run)
+        self.core_group = core_group(run, num_cores_per_group)
         self.rank = groups.rank
         self.shares_weights = run.cp_degree == run.attention_dp_degree
         maps = rank_maps(
@@ -159,6 +164,7 @@ class LayerParallel:
             config,
             num_kv_head=len(self.decode_heads.key_value),
             dp_rank=self.decode.stage.split.rank,
+            core=self.core_group.rank,
         )
 
     def for_cache(self, x: Tensor) -> Tensor:

@@ -148,6 +148,18 @@ def test_a_wider_ring_is_needed_where_drafts_are_rejected() -> None:
         serving.step([0, 1, 2], 1)
 
 
+def test_a_batch_smaller_than_the_cache_reads_and_writes_its_first_lines() -> None:
+    built, manager = made_for(KINDS["contiguous"])
+    hidden, at = tokens(6, batch=2), positions(6)
+    whole = built(hidden, at >= 0, at).hidden_states
+    call: dict[str, Any] = {"kv_mgr": manager, "update_kv_per_layer": True, "idx": 0}
+    first = built(hidden[:, :5], at[:, :5] >= 0, at[:, :5], **call)
+    manager.store(0, first.present_key_value)
+    last = built(hidden[:, 5:], position_ids=at[:, 5:], get_kv_per_layer=True, **call)
+    assert relative_error(last.hidden_states, whole[:, 5:]) <= ROUNDOFF
+    assert bool(manager.past_key_values[0][2].isnan().all()), "the third line is another's"
+
+
 def test_an_idle_row_sees_nothing_of_the_line_it_would_read() -> None:
     built, manager = made_for(KINDS["contiguous"])
     for stored in manager.past_key_values:

@@ -28,7 +28,6 @@ from impl import (
     RMSNorm,
     RotaryEmbedding,
     ShapeError,
-    UnsupportedError,
 )
 
 ROUTES = (
@@ -398,7 +397,25 @@ def test_decode_has_its_own_sinks_only_where_the_phases_shard_unlike(
             "is_prefix_caching",
         ),
         ({"lora_config": {"rank": 4}}, {}, ConfigError, "LoraServingConfig or None, got dict"),
-        ({}, {"num_cores_per_group": 2}, UnsupportedError, "num_cores_per_group"),
+        ({}, {"num_cores_per_group": 2}, ConfigError, "flash_decoding_enabled must be True"),
+        (
+            {"flash_decoding_enabled": True},
+            {"num_cores_per_group": 2},
+            ConfigError,
+            "num_cores_per_group must be tp_degree / num_key_value_heads",
+        ),
+        (
+            {"flash_decoding_enabled": True, "tp_degree": 4},
+            {"num_cores_per_group": 2, "sliding_window": 4},
+            ConfigError,
+            "sliding_window must be None when num_cores_per_group is 2",
+        ),
+        (
+            {"flash_decoding_enabled": True, "tp_degree": 4, "cp_degree": 2},
+            {"num_cores_per_group": 2},
+            ConfigError,
+            "cp_degree and attention_dp_degree must be 1",
+        ),
     ],
 )
 def test_construction_refuses(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import golden.sharding.prefill
+import golden.sharding.context_attention
 from conformance.error_model import Nearest
 from conformance.parallel.expected import RankReference, rank_reference, reference
 from conformance.parallel.observations import RankObservation, layer_values
@@ -206,7 +206,7 @@ def test_a_mask_off_by_one_names_the_rows_it_shifts(monkeypatch: pytest.MonkeyPa
         return attend(*qkv, q_positions=q_positions - (q_positions >= 4), **options)
 
     with monkeypatch.context() as planted:
-        planted.setattr(golden.sharding.prefill, "attend", late)
+        planted.setattr(golden.sharding.context_attention, "attend", late)
         values = ranks.values()
     verdict = ranks.judge(values)
     assert verdict.culprits == (2, 3)
@@ -220,7 +220,7 @@ def test_base_two_logsumexps_are_seen_on_every_rank(monkeypatch: pytest.MonkeyPa
         return merge_attended([p._replace(logsumexp=p.logsumexp / np.log(2)) for p in parts])
 
     with monkeypatch.context() as planted:
-        planted.setattr(golden.sharding.prefill, "merge_attended", merged)
+        planted.setattr(golden.sharding.context_attention, "merge_attended", merged)
         values = ranks.values()
     verdict = ranks.judge(values)
     assert verdict.culprits == (1,)  # the first row's tokens see no keys of the second

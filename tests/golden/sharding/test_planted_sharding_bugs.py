@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import golden.sharding.context_attention
 import golden.sharding.flash_decoding
 import golden.sharding.output
-import golden.sharding.prefill
+import golden.sharding.rank_heads
 from golden import Accumulation, Array, Attended, Observer, attend, merge_attended
 from golden.sharding import (
     Mesh,
@@ -133,16 +134,18 @@ def test_the_mask_of_a_context_parallel_rank_off_by_one(
         late = q_positions.min() > 0  # the second row's queries, which start in mid-prompt
         return attend(*qkv, q_positions=q_positions + step * int(late), **options)
 
-    monkeypatch.setattr(golden.sharding.prefill, "attend", shifted)
+    monkeypatch.setattr(golden.sharding.context_attention, "attend", shifted)
     assert good.wrong_ranks() == {2, 3}
 
 
 @pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("module", [golden.sharding.prefill, golden.sharding.flash_decoding])
+@pytest.mark.parametrize(
+    "module", [golden.sharding.context_attention, golden.sharding.flash_decoding]
+)
 def test_base_two_logsumexps_joined_as_natural(
     module: Any, sinks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ring = module is golden.sharding.prefill
+    ring = module is golden.sharding.context_attention
     options = {"kv_exchange": "ring"} if ring else {"cores": 2}
     good = served((4, 1), (4, 2, 1) if ring else (4, 1, 1), sinks=sinks, **options)
 
@@ -209,23 +212,23 @@ def test_the_partial_sums_never_reduced() -> None:
 
 def test_a_ring_that_counts_the_sink_on_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
     good = served((4, 1), (4, 4, 1), sinks=True, kv_exchange="ring")
-    plain_attend = golden.sharding.prefill._attend
+    plain_attend = golden.sharding.context_attention._attend
 
     def counted(
         layer: Any, rank: int, q: Any, at: Any, held: Any, with_sink: bool, see: Any
     ) -> Any:
         return plain_attend(layer, rank, q, at, held, True, see)
 
-    monkeypatch.setattr(golden.sharding.prefill, "_attend", counted)
+    monkeypatch.setattr(golden.sharding.context_attention, "_attend", counted)
     assert good.wrong_ranks() == {0, 1, 2, 3}
 
 
 def test_a_flat_norm_over_the_ranks_own_part(monkeypatch: pytest.MonkeyPatch) -> None:
     good = served((4, 2), (2, 1, 1), norm="flat-weightless")
-    real = golden.sharding.layer.rotated_heads
+    real = golden.sharding.rank_heads.rotated_heads
 
     def alone(*given: Any) -> Any:
         return real(*given[:-1], None)
 
-    monkeypatch.setattr(golden.sharding.layer, "rotated_heads", alone)
+    monkeypatch.setattr(golden.sharding.rank_heads, "rotated_heads", alone)
     assert good.wrong_ranks() == {0, 1}
