@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,8 @@ from impl.output import NeuronAttentionBaseOutput
 from impl.parallel.layer import PhaseHeads
 from impl.parallel.phases import DecodePhase, PrefillPhase
 from impl.step import Phase, StepInputs
+
+Projection = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
 
 
 class AttentionLayer(AttentionCore):
@@ -138,7 +141,7 @@ class AttentionLayer(AttentionCore):
         self, merged: Tensor, phase: PrefillPhase | DecodePhase, step: StepInputs
     ) -> Tensor:
         """Project the heads' outputs, with the term of the rows' adapters."""
-        project = self.get_o_proj(step.phase is Phase.CONTEXT_ENCODING)
+        project: Projection = self.get_o_proj(step.phase is Phase.CONTEXT_ENCODING)
         if self.lora is None:
             return project(merged, phase.reduce)
         adapt = partial(self.lora.add, merged, step.adapter_ids, "o_proj")
