@@ -377,3 +377,14 @@ def calibrate(runs: int, records: Path | None, page: Path | None) -> None:
     from conformance import calibration
 
     calibration.run(page, runs, records=records)
+
+
+@main.command()
+def environment() -> None:
+    """Say what this machine can run impl on, and what is missing for the rest."""
+    from conformance.stablehlo import missing
+    from impl.devices import environment_report
+
+    click.echo(environment_report())
+    absent = missing()
+    click.echo(f"stablehlo: {'needs ' + ' and '.join(absent) if absent else 'available'}")

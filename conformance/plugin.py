@@ -205,6 +205,9 @@ def describe_environment(config: pytest.Config, started: float, judged: int) -> 
         started: when it began, seconds since the epoch.
         judged: number of cases.
     """
+    from impl.devices import environment_report
+
+    report = environment_report()
     rate = config.getoption("false_alarm_rate")
     alarms = FalseAlarms(rate=rate, cases=config.getoption("cases_in_run") or max(judged, 1))
     return {
@@ -217,6 +220,8 @@ def describe_environment(config: pytest.Config, started: float, judged: int) -> 
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cpu_count": os.cpu_count() or 0,
+        "devices": ", ".join(report.devices),
+        "neuron": report.neuron,
         "packages": dict(_versions()),
         "false_alarm_rate": str(alarms),
     }

@@ -37,16 +37,21 @@ _NARROW = {
 Executable = Callable[[list[torch.Tensor]], list[torch.Tensor | None]]
 
 
+def missing() -> list[str]:
+    """Return the packages of the extra that are not installed here."""
+    return [name for module, name in _PACKAGES.items() if find_spec(module) is None]
+
+
 def require() -> None:
     """Refuse to go on without torch-mlir and jaxlib.
 
     Raises:
         UsageError: one of them is not installed; says how to get it.
     """
-    missing = [name for module, name in _PACKAGES.items() if find_spec(module) is None]
-    if missing:
+    absent = missing()
+    if absent:
         raise UsageError(
-            f"StableHLO needs {' and '.join(missing)}, not installed here: "
+            f"StableHLO needs {' and '.join(absent)}, not installed here: "
             "pip install 'attn-conformance[stablehlo]'"
         )
 

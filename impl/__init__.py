@@ -6,6 +6,7 @@ it on many ranks.
 
 from impl.attention import NeuronAttentionBase
 from impl.config import InferenceConfig
+from impl.devices import EnvironmentReport, Runtime, environment_report, get_runtime
 from impl.errors import (
     AttentionError,
     ConfigError,
@@ -36,6 +37,7 @@ __all__ = [
     "AttentionError",
     "ConfigError",
     "DeviceError",
+    "EnvironmentReport",
     "FlashAttentionStrategy",
     "GroupQueryAttention_O",
     "GroupQueryAttention_QKV",
@@ -53,10 +55,13 @@ __all__ = [
     "RMSNorm",
     "RotaryEmbedding",
     "RotaryFrequencies",
+    "Runtime",
     "ShapeError",
     "StateDictError",
     "UnsupportedError",
     "apply_rotary_polar_compatible",
     "apply_rotary_pos_emb",
+    "environment_report",
     "get_flash_attention_strategy",
+    "get_runtime",
 ]

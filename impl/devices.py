@@ -11,8 +11,11 @@ import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from impl.errors import DeviceError, explain
 
@@ -20,6 +23,68 @@ PACKAGE = "torch-neuronx"
 PIP_INDEX = "https://pip.repos.neuron.amazonaws.com"
 SERVED_VERSIONS = ("2.13", "2.14")
 _INSTALL = f"install it from AWS's own index: pip install --extra-index-url {PIP_INDEX} {PACKAGE}"
+
+
+BACKENDS = {"cpu": "inductor", "cuda": "inductor", "neuron": "neuron"}
+"""What `torch.compile` compiles with on each device."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Runtime:
+    """Where a layer runs, and whether it is compiled: the same three calls on every device.
+
+    ```python
+    runtime = get_runtime("auto", compiled=True)
+    layer = runtime.place(layer)
+    output = runtime.to_host(layer(**runtime.to_device(arguments)))
+    ```
+
+    Attributes:
+        device: where.
+        backend: of `torch.compile`, None for eager.
+    """
+
+    device: torch.device
+    backend: str | None = None
+
+    def place(self, module: nn.Module) -> Any:
+        """Put a module on the device and, unless eager, compile it.
+
+        A compiled module is one graph of static shapes: a part that cannot be in it is an error
+        at the first call, and so is never run on the host without a word.
+
+        Args:
+            module: a layer, or a model of layers; it is moved, not copied.
+
+        Returns:
+            What to call in place of the module.
+        """
+        module = module.to(self.device)
+        if self.backend is None:
+            return module
+        return torch.compile(module, backend=self.backend, fullgraph=True, dynamic=False)
+
+    def to_device(self, values: Any) -> Any:
+        """Put every tensor in a nest of tuples, lists and dictionaries on the device."""
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device), values)
+
+    def to_host(self, values: Any) -> Any:
+        """Bring every tensor of such a nest back, which waits until it has been computed."""
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.to("cpu"), values)
+
+
+def get_runtime(device: str = "auto", *, compiled: bool = False) -> Runtime:
+    """Choose where to run and how.
+
+    Args:
+        device: "cpu", "cuda", "neuron", or "auto" for neuron, else cuda, else cpu.
+        compiled: compile with `torch.compile`, on neuron with its backend "neuron".
+
+    Raises:
+        DeviceError: the device is not there.
+    """
+    found = resolve_device(device)
+    return Runtime(device=found, backend=BACKENDS[found.type] if compiled else None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +98,7 @@ class EnvironmentReport:
         torch_neuronx: version of the installed distribution, None if there is none.
         neuron: "available", or why the SDK cannot be used.
         devices: device types that a tensor can be put on.
+        compilers: device type and the backend of `torch.compile` for it.
     """
 
     python: str
@@ -41,9 +107,13 @@ class EnvironmentReport:
     torch_neuronx: str | None
     neuron: str
     devices: tuple[str, ...]
+    compilers: tuple[str, ...]
 
     def __str__(self) -> str:
-        return "\n".join(f"{name}: {value}" for name, value in asdict(self).items())
+        return "\n".join(
+            f"{name}: {', '.join(value) if isinstance(value, tuple) else value}"
+            for name, value in asdict(self).items()
+        )
 
 
 def installed_version() -> str | None:
@@ -138,11 +208,13 @@ def environment_report() -> EnvironmentReport:
         require_torch_neuronx()
     except DeviceError as error:
         neuron = str(error)
+    devices = _available()
     return EnvironmentReport(
         python=sys.version.split()[0],
         platform=f"{platform.system()} {platform.machine()}",
         torch=torch.__version__,
         torch_neuronx=installed_version(),
         neuron=neuron,
-        devices=_available(),
+        devices=devices,
+        compilers=tuple(f"{device} by {BACKENDS[device]}" for device in devices),
     )

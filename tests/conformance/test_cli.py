@@ -294,3 +294,10 @@ def test_core_kernels_run_by_their_module_and_name() -> None:
     assert result.exit_code == 0, result.output
     (case,) = read_results(Path("results.jsonl")).cases
     assert (case.subject, case.profile) == ("variants:eager", "eager-bfloat16")
+
+
+def test_environment_says_what_runs_here_and_what_is_missing() -> None:
+    said = invoke("environment").output
+    assert f"torch: {torch.__version__}" in said
+    assert "cpu by inductor" in said
+    assert "stablehlo: " in said

@@ -5,8 +5,17 @@ from types import ModuleType
 
 import pytest
 import torch
+from impl_layers import (
+    KV_HEADS,
+    ROUNDOFF,
+    WIDTH,
+    layer,
+    positions,
+    relative_error,
+    tokens,
+)
 
-from impl import DeviceError, devices
+from impl import DeviceError, RotaryEmbedding, devices
 
 
 @pytest.fixture
@@ -72,6 +81,62 @@ def test_a_device_that_is_not_there_is_refused(sdk: Callable[..., None]) -> None
         devices.resolve_device("neuron")
     with pytest.raises(DeviceError, match="device must be one of"):
         devices.resolve_device("tpu")
+
+
+@pytest.mark.parametrize(
+    ("compiled", "backend"), [(False, None), (True, "inductor")], ids=["eager", "compiled"]
+)
+def test_a_runtime_names_device_and_backend(compiled: bool, backend: str | None) -> None:
+    runtime = devices.get_runtime("cpu", compiled=compiled)
+    assert (runtime.device, runtime.backend) == (torch.device("cpu"), backend)
+
+
+def test_neuron_compiles_with_its_own_backend(
+    sdk: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sdk("2.14.3.0.7", module=types.ModuleType("torch_neuronx"))
+    # only the SDK gives a device this name; PyTorch's own for such devices stands in
+    device = torch.device("privateuseone")
+    named = types.SimpleNamespace(type="neuron", made_by=device)
+    monkeypatch.setattr(devices.torch, "device", lambda name: {"neuron": named}[name])
+    runtime = devices.get_runtime("neuron", compiled=True)
+    assert (runtime.device, runtime.backend) == (named, "neuron")
+    assert "neuron by neuron" in devices.environment_report().compilers
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_runtime_runs_a_layer_and_brings_the_result_home(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    made = layer(rotary_emb=RotaryEmbedding(WIDTH), learned_sinks_size=1, sliding_window=3)
+    past = tuple(torch.ones(2, KV_HEADS, 8, WIDTH, dtype=torch.float64) for _ in range(2))
+    call = {
+        "hidden_states": tokens(1),
+        "position_ids": positions(1, 5),
+        "past_key_value": past,
+    }
+    expected = made(**call).hidden_states
+    runtime = devices.get_runtime(device)
+    placed = runtime.place(made)
+    given = runtime.to_device(call)
+    assert given["past_key_value"][0].device.type == device
+    got = runtime.to_host(placed(**given).hidden_states)
+    assert got.device.type == "cpu"
+    assert relative_error(got, expected) <= ROUNDOFF
+
+
+def test_a_compiled_runtime_makes_one_graph_or_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Leaving(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            print(x.shape)
+            return x + 1
+
+    monkeypatch.setitem(devices.BACKENDS, "cpu", "eager")
+    runtime = devices.get_runtime("cpu", compiled=True)
+    torch._dynamo.reset()
+    assert torch.equal(runtime.place(torch.nn.Identity())(torch.ones(2)), torch.ones(2))
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        runtime.place(Leaving())(torch.ones(2))
 
 
 def test_importing_the_package_does_not_import_thesdk() -> None:
