@@ -109,6 +109,7 @@ def _corners() -> Iterator[_Served]:
     """Yield edges of windows, chunks and blocks, empty and long caches."""
     one = replace(_LAYER, sliding_window=1)
     yield _Served(one, "contiguous", "prompt5_3.prompt2.decode2")
+    yield _Served(one, "rolling", "prompt5_3.prompt2.draft3keep1_2.decode2")
     yield _Served(replace(_LAYER, sliding_window=2), "rolling", "prompt5_1.decode3")
     yield _Served(_WINDOW, "rolling", "prompt5_3.decode14")
     yield _Served(_WINDOW, "rolling", "prompt15_16.decode2.prompt1_17.decode2")
@@ -151,9 +152,12 @@ def _brought() -> Iterator[_Served]:
 
 _SMOKE = {
     "contiguous": _CALLS[2],
+    "transposed": _CALLS[0],
     "paged8": _CALLS[1],
     "rolling": _CALLS[2],
     "chunk": _CALLS[0],
+    "sharded2": _CALLS[0],
+    "contiguous_e4m3": _CALLS[0],
 }
 """What the smoke tier serves: a schedule a cache, on the cache's plain layer."""
 

@@ -50,6 +50,19 @@ WIDTH = 8
 # Fused norm and residual
 
 
+def test_n4_the_sum_and_the_norm_are_observed() -> None:
+    hidden, residual, weight = normal(1, 2, 3, WIDTH), normal(2, 2, 3, WIDTH), normal(3, WIDTH)
+    capture = Capture()
+    got = add_and_normalise(hidden, weight=weight, residual=residual, observe=capture)
+    seen = capture.values
+    assert list(seen) == ["input_sum", "input_norm_scale", "input_norm_unit", "input_norm"]
+    assert identical(seen["input_sum"], got.residual)
+    assert identical(seen["input_norm"], got.hidden_states)
+    bare = Capture()
+    add_and_normalise(hidden, weight=weight, observe=bare)
+    assert "input_sum" not in bare.values
+
+
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("eps", [1e-6, 0.1])
 def test_n4_the_norm_is_of_the_sum(offset: float, eps: float) -> None:

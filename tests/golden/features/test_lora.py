@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from golden import (
+    CALL_STAGES,
     Array,
     AttentionConfig,
     AttentionWeights,
@@ -141,6 +142,51 @@ def test_accumulations_count_the_low_rank_sum() -> None:
     extra = scaling[0] ** 2 * np.square(inner) @ np.square(up[0]).T
     assert identical(q_sum.squares()[0], plain.squares()[0] + extra)
     assert identical(q_sum.squares()[1], plain.squares()[1])
+
+
+LORA_STAGES = [f"{name}_{part}" for name in TARGETS for part in ("base", "lora_down", "lora_up")]
+
+
+def stages_of(lora: Lora | None) -> dict[str, Array]:
+    config, capture = LAYERS["mha"], Capture()
+    states = small_integers(2, 2, 3, config.hidden_size)
+    positions = np.tile(np.arange(3), (2, 1))
+    weights = integer_weights(config)
+    context_encoding(config, weights, states, position_ids=positions, lora=lora, observe=capture)
+    return capture.values
+
+
+def test_every_stage_of_an_adapter_is_observed_and_none_without() -> None:
+    config = LAYERS["mha"]
+    lora, seen = adapted(config, [0, -1]), stages_of(adapted(config, [0, -1]))
+    expected = {f"{name}_{part}" for name in TARGETS for part in ("base", "lora")}
+    assert seen.keys() & CALL_STAGES.keys() == expected | set(LORA_STAGES)
+    assert not stages_of(None).keys() & CALL_STAGES.keys()
+    states = small_integers(2, 2, 3, config.hidden_size)
+    down, up, scaling = lora.adapters["q"]
+    inner = states[0] @ down[0].T
+    assert identical(seen["q_lora_down"][0], inner)
+    assert identical(seen["q_lora_up"][0], inner @ up[0].T)
+    assert identical(seen["q_lora"][0], scaling[0] * (inner @ up[0].T))
+    assert not seen["q_lora"][1].any()
+    assert identical(seen["q_base"] + seen["q_lora"], seen["q_product"])
+
+
+@pytest.mark.parametrize("stage", LORA_STAGES)
+def test_a_rewrite_of_an_adapters_stage_takes_effect(stage: str) -> None:
+    config = LAYERS["mha"]
+
+    def doubled(name: str, value: Array, accumulation: Any = None, /) -> Array:
+        return 2.0 * value if name == stage else value
+
+    states = 2.0 * small_integers(2, 2, 3, config.hidden_size)
+    call: dict[str, Any] = {"position_ids": np.tile(np.arange(3), (2, 1))}
+    call["lora"] = adapted(config, [0, 2])
+    plain = context_encoding(config, integer_weights(config), states, **call).output
+    call["observe"] = doubled
+    assert not identical(
+        context_encoding(config, integer_weights(config), states, **call).output, plain
+    )
 
 
 # Planted defects
