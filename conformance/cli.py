@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 
 import click
@@ -21,7 +22,7 @@ from conformance.presets import PRESETS
 from conformance.selection import SUITES, select_cases
 from conformance.subjects import BUILT_IN, load_subject
 from conformance.tiers import TIERS
-from reports.records import RecordError, Results, read_results
+from reports.records import RecordError, Results, read_results, write_results
 
 _console = Console()
 _TIER = click.option("--tier", type=click.Choice(TIERS), default="smoke", show_default=True)
@@ -181,6 +182,46 @@ def run(
             f"{' and '.join(subjects)} claims none of these cases, so nothing was judged"
         )
     sys.exit(1 if any(case.failed for case in found.cases) else 0)
+
+
+@main.command()
+@click.option("--case", "ids", multiple=True, metavar="ID", help="Just this case; repeatable.")
+@click.option(
+    "--results",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("parallel.jsonl"),
+    show_default=True,
+    help="Where the records go, one JSON line each; `attn-conformance report` makes a page of it.",
+)
+@click.option(
+    "-j",
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=os.cpu_count() or 1,
+    show_default="all cores",
+    help="Cases to judge at a time.",
+)
+def parallel(ids: tuple[str, ...], results: Path, jobs: int) -> None:
+    """Judge impl on real ranks: tensor, context and data parallel, every rank by itself."""
+    from conformance.parallel.session import judge_cases
+    from conformance.session import summary_table
+
+    started = time.time()
+    try:
+        records = judge_cases(ids, jobs=jobs, console=_console)
+    except UsageError as error:
+        raise _Failure(str(error)) from error
+    environment = {
+        "command": shlex.join(["attn-conformance", *sys.argv[1:]]),
+        "subject": "impl on real ranks",
+        "seconds": round(time.time() - started, 1),
+    }
+    write_results(results, environment, records)
+    found = read_results(results)
+    _console.print(summary_table(found))
+    _print_failures(found)
+    _console.print(f"results: {results}", highlight=False)
+    sys.exit(1 if any(case.failed for case in records) else 0)
 
 
 def _print_failures(results: Results, limit: int = 10) -> None:
