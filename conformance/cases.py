@@ -15,7 +15,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 """Dtypes a subject's tensors may have."""
 
 REGIMES = ("gaussian", "peaked", "outlier", "large", "integers")
-"""How inputs are drawn; see `conformance.inputs`."""
+"""How inputs are drawn; see `conformance.draws`."""
 
 Phase = Literal["cte", "tkg", "serve"]
 Scope = Literal["layer", "core"]

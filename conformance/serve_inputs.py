@@ -8,18 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conformance.cases import Case
-from conformance.errors import UsageError
-from conformance.inputs import (
+from conformance.draws import (
     Source,
-    adapter_ids,
     draw_hidden,
-    draw_input_norm,
     draw_keys_values,
-    draw_lora,
     draw_weights,
-    rotary_positions,
     source_of,
 )
+from conformance.errors import UsageError
+from conformance.extra_inputs import adapter_ids, draw_input_norm, draw_lora, rotary_positions
 from conformance.schedule_calls import PlannedCall, Walk, walk
 from conformance.schedules import CacheKind, Schedule
 from golden import FORMATS, Array, AttentionWeights, Lora, Quantisation
