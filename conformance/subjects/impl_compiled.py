@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ import torch
 from conformance.subjects.base import LayerCall, LayerOutput, subject
 from conformance.subjects.impl import build_module, run_layer, unsupported
 from conformance.subjects.impl_layer import Layer
+from conformance.subjects.impl_serving import build_served, serve
+from conformance.subjects.serving import ServeCall, ServeOutput
 
 
 class CompiledLayers:
@@ -30,9 +32,18 @@ class CompiledLayers:
         self._module: torch.nn.Module | None = None
         self._compiled: Any = None
 
-    def __call__(self, call: LayerCall) -> Layer:
+    def run(self, call: LayerCall | ServeCall) -> LayerOutput | ServeOutput:
+        """Run a call through its compiled layer; each shape of a schedule's steps is a graph."""
+        if isinstance(call, ServeCall):
+            return serve(call, self)
+        return run_layer(call, self)
+
+    def __call__(self, call: LayerCall | ServeCall) -> Layer:
         """Return the compiled module of a call, and keyword arguments for its forward."""
-        module, keywords = build_module(call)
+        if isinstance(call, ServeCall):
+            module, keywords = build_served(call)
+        else:
+            module, keywords = build_module(call)
         made_for = (_signature(call), module.neuron_config)
         if self._module is not None and made_for == self._made_for:
             self._module.load_state_dict(module.state_dict())
@@ -47,8 +58,9 @@ def _signature(value: Any) -> Any:
     """Return what a graph depends on: everything but the values of tensors."""
     if isinstance(value, torch.Tensor):
         return tuple(value.shape), value.dtype
-    if isinstance(value, LayerCall):
-        return {field.name: _signature(getattr(value, field.name)) for field in fields(value)}
+    if is_dataclass(value):
+        named = {field.name: _signature(getattr(value, field.name)) for field in fields(value)}
+        return type(value), named
     if isinstance(value, Mapping):
         return {name: _signature(item) for name, item in value.items()}
     if isinstance(value, (tuple, list)):
@@ -59,7 +71,7 @@ def _signature(value: Any) -> Any:
 _layers = CompiledLayers("inductor")
 
 
-@subject(scope="layer", profile="native", unsupported=unsupported)
-def attention_layer(call: LayerCall) -> LayerOutput:
+@subject(scope="layer", profile="native", unsupported=unsupported, serves=True)
+def attention_layer(call: LayerCall | ServeCall) -> LayerOutput | ServeOutput:
     """Run `NeuronAttentionBase` as one graph, with the code that Inductor makes of it."""
-    return run_layer(call, _layers)
+    return _layers.run(call)

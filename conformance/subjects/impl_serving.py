@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,20 +10,41 @@ from torch import Tensor
 
 import impl
 from conformance.subjects.base import Unsupported
-from conformance.subjects.impl_layer import make_layer
+from conformance.subjects.impl_layer import Layer, make_layer
 from conformance.subjects.serving import ServeCall, ServeOutput, ServeStep
 from impl.slot_positions import slot_positions
 
 
-def serve(call: ServeCall) -> ServeOutput:
+def build_served(call: ServeCall) -> Layer:
+    """Build the module of a call.
+
+    Returns:
+        The module in evaluation mode, and keyword arguments for its forward.
+    """
+    return make_layer(
+        call.config,
+        call.weights,
+        positions=call.max_length,
+        run=_run_fields(call),
+        model=_model_fields(call),
+        adapters=call.adapters,
+        input_norm=call.input_norm,
+    )
+
+
+def serve(call: ServeCall, layer: Callable[[ServeCall], Layer] = build_served) -> ServeOutput:
     """Take every step of a call, and read the cache back by position.
+
+    Args:
+        call: what to serve.
+        layer: makes the layer of it.
 
     Raises:
         Unsupported: the module refuses a step or the cache; its own sentence says why.
     """
     try:
         with torch.no_grad():
-            return ImplServer(call).serve()
+            return ImplServer(call, layer).serve()
     except impl.UnsupportedError as error:
         raise Unsupported(str(error)) from error
 
@@ -38,19 +60,12 @@ class ImplServer:
 
     Args:
         call: what to serve.
+        layer: makes the layer of it.
     """
 
-    def __init__(self, call: ServeCall) -> None:
+    def __init__(self, call: ServeCall, layer: Callable[[ServeCall], Layer]) -> None:
         self.call = call
-        self.module, self.keywords = make_layer(
-            call.config,
-            call.weights,
-            positions=call.max_length,
-            run=_run_fields(call),
-            model=_model_fields(call),
-            adapters=call.adapters,
-            input_norm=call.input_norm,
-        )
+        self.module, self.keywords = layer(call)
         scales = None
         if call.keys_as is not None and call.values_as is not None:
             pair = call.keys_as.scale, call.values_as.scale

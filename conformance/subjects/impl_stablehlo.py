@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from conformance.stablehlo import StableHLOBackend
 from conformance.subjects.base import LayerCall, LayerOutput, subject
-from conformance.subjects.impl import run_layer, unsupported
+from conformance.subjects.impl import unsupported
 from conformance.subjects.impl_compiled import CompiledLayers
+from conformance.subjects.serving import ServeCall, ServeOutput
 
 _layers = CompiledLayers(StableHLOBackend())
 
 
-@subject(scope="layer", profile="native", unsupported=unsupported)
-def attention_layer(call: LayerCall) -> LayerOutput:
+@subject(scope="layer", profile="native", unsupported=unsupported, serves=True)
+def attention_layer(call: LayerCall | ServeCall) -> LayerOutput | ServeOutput:
     """Run `NeuronAttentionBase` as one graph, lowered to StableHLO and compiled by XLA for CPU."""
-    return run_layer(call, _layers)
+    return _layers.run(call)

@@ -22,6 +22,10 @@ from reports.records import read_results
 
 # one feature of each kind of operator: gathers, scatters, rotations, tanh, sorting out of rows
 LAYERS = ("h64-hq4-hkv2-d16-window5-polar10000", "h64-hq4-hkv2-d16-qkvbias-sinks-cap20-rope10000")
+SERVED = (
+    "h256-hq8-hkv2-d32-rope10000/"
+    "serve-bf16-b2-kv0-paged8-prompt16_9.prompt8_17.decode2-gaussian-seed0"
+)
 PHASES = ("cte-{}-b2-q9-gaussian-seed0", "tkg-{}-b2-kv9-steps2-gaussian-seed0")
 
 
@@ -72,6 +76,17 @@ def test_steps_of_a_decode_share_one_graph_and_keep_their_cache() -> None:
     )
     assert judge_case(case, subject).verdict == "CONFORMS"
     assert backend.graphs == 1
+
+
+def test_schedules_are_served_by_compiled_layers() -> None:
+    backend = Counting()
+    layers = CompiledLayers(backend)
+    subject = Subject(
+        name="counted", function=layers.run, scope="layer", profile="native", serves=True
+    )
+    record = judge_case(parse(SERVED), subject)
+    assert record.verdict == "CONFORMS", record.reason
+    assert backend.graphs == 3  # a prompt, a longer one on cached tokens, and all decode steps
 
 
 @pytest.mark.parametrize("layer", LAYERS)
