@@ -139,7 +139,7 @@ class AttentionCore(AttentionSetup):
             ShapeError: a tensor that does not fit.
         """
         k_prior, v_prior = past_key_value
-        self._check_cache(k_prior, v_prior, k)
+        self._check_cache(k_prior, v_prior, *k.shape[:2])
         held = self._held(position_ids, v_prior.shape[2], cache_layout)
         if attention_mask is not None:
             held = held.masked_fill(~validity(attention_mask, *held.shape), NOWHERE)
@@ -209,7 +209,7 @@ class AttentionCore(AttentionSetup):
             return native.context_encoding(q, k, v, among, sink, self.score_rule)
         k_prior, v_prior = step.past_key_value
         sequences, slots = packing.num_queries.shape[0], v_prior.shape[2]
-        self._check_cache(k_prior, v_prior, k.expand(sequences, -1, -1, -1))
+        self._check_cache(k_prior, v_prior, sequences, k.shape[1])
         cached = packing.computed_context_lens
         held = slot_positions(step.cache_layout or self.cache_layout, cached, slots)
         seen = prior_mask(None, at, held.reshape(1, -1), **limits)
@@ -254,26 +254,11 @@ class AttentionCore(AttentionSetup):
         Raises:
             ShapeError: there are several tokens and no `active_mask`, or a tensor does not fit.
         """
-        q_len = q.shape[2]
-        if q_len > 1 and active_mask is None:
-            raise ShapeError(
-                explain(
-                    "active_mask",
-                    f"be given for a decode step of {q_len} tokens",
-                    None,
-                    "tril for a draft; pass no past_key_value to prefill",
-                )
-            )
         k_prior, v_prior = past_key_value
-        self._check_cache(k_prior, v_prior, k)
-        held = self._held(position_ids, v_prior.shape[2], cache_layout)
-        limits = {
-            "sliding_window": self.options.sliding_window,
-            "attention_chunk_size": self.options.attention_chunk_size,
-        }
-        among = active_mask if q_len > 1 else None
-        seen = prior_mask(attention_mask, position_ids, held, **limits)
-        own = active_token_mask(among, position_ids, **limits)
+        self._check_cache(k_prior, v_prior, *k.shape[:2])
+        seen, own = self.decode_masks(
+            position_ids, v_prior.shape[2], attention_mask, active_mask, cache_layout
+        )
         sink = self.get_learned_sinks(is_prefill_stage=False)
         if self.parallel.core_group.size > 1:
             cached, active = KeyPart(k_prior, v_prior, seen), KeyPart(k, v, own)
@@ -293,12 +278,46 @@ class AttentionCore(AttentionSetup):
             k_prior_transposed=self.k_cache_transposed,
         )
 
+    def decode_masks(
+        self,
+        position_ids: Tensor,
+        slots: int,
+        attention_mask: Tensor | None,
+        active_mask: Tensor | None,
+        cache_layout: SlotLayout | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Which cached keys, and which of the step's, the tokens of a decode step see.
+
+        Raises:
+            ShapeError: there are several tokens and no `active_mask`, or a tensor does not fit.
+        """
+        q_len = position_ids.shape[1]
+        if q_len > 1 and active_mask is None:
+            raise ShapeError(
+                explain(
+                    "active_mask",
+                    f"be given for a decode step of {q_len} tokens",
+                    None,
+                    "tril for a draft; pass no past_key_value to prefill",
+                )
+            )
+        held = self._held(position_ids, slots, cache_layout)
+        limits = {
+            "sliding_window": self.options.sliding_window,
+            "attention_chunk_size": self.options.attention_chunk_size,
+        }
+        among = active_mask if q_len > 1 else None
+        return (
+            prior_mask(attention_mask, position_ids, held, **limits),
+            active_token_mask(among, position_ids, **limits),
+        )
+
     def _held(self, position_ids: Tensor, slots: int, layout: SlotLayout | None) -> Tensor:
         """Position in each slot of a cache before a step; see `impl.slot_positions`."""
         return slot_positions(layout or self.cache_layout, first_positions(position_ids), slots)
 
-    def _check_cache(self, k_prior: Tensor, v_prior: Tensor, k: Tensor) -> None:
-        batch, heads, _, width = k.shape
+    def _check_cache(self, k_prior: Tensor, v_prior: Tensor, batch: int, heads: int) -> None:
+        width = self.head_dim
         slots = max(v_prior.shape[2], 1) if v_prior.dim() == 4 else 1
         expected = (batch, heads, slots, width)
         k_expected = (batch, heads, width, slots) if self.k_cache_transposed else expected

@@ -113,40 +113,74 @@ class AttentionRotary(nn.Module):
         Returns:
             q, k, and the cos and sin caches: new, or as given; a layer without RoPE passes them on.
         """
-        if (cos_cache is None) != (sin_cache is None):
-            raise ShapeError(explain("cos_cache and sin_cache", "be given together", "one of them"))
+        cos_cache, sin_cache = self.rotary_tables(
+            k, position_ids, cos_cache, sin_cache, use_polar_compatible_rope, rotary_position_ids
+        )
         options = self.options
-        rotary: Rotary | None = self.rotary_emb
-        if use_polar_compatible_rope:
-            if self.polar_rotary_emb is None or options.attn_temperature_tuning:
-                raise ConfigError(
-                    explain(
-                        "use_polar_compatible_rope",
-                        "be False in a layer without rope_theta or with attn_temperature_tuning",
-                        True,
-                    )
-                )
-            rotary = self.polar_rotary_emb
-        if rotary is None:
+        if self._rotary(use_polar_compatible_rope) is None:
             if options.attn_temperature_tuning:
                 q = scale_queries(q, position_ids, options.floor_scale, options.attn_scale)
             return q, k, cos_cache, sin_cache
-        if cos_cache is None or sin_cache is None:
-            positions = position_ids if rotary_position_ids is None else rotary_position_ids
-            cos_cache, sin_cache = rotary(k, positions)
-        self._check_rotary_caches(cos_cache, sin_cache, k, use_polar_compatible_rope)
+        assert cos_cache is not None
+        assert sin_cache is not None
         rotate = (
             apply_rotary_polar_compatible if use_polar_compatible_rope else apply_rotary_pos_emb
         )
         q, k = rotate(q, k, cos_cache, sin_cache)
         return q, k, cos_cache, sin_cache
 
-    def _check_rotary_caches(self, cos: Tensor, sin: Tensor, k: Tensor, polar: bool) -> None:
-        batch, _, seq_len, head_dim = k.shape
+    def rotary_tables(
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        cos_cache: Tensor | None,
+        sin_cache: Tensor | None,
+        use_polar_compatible_rope: bool,
+        rotary_position_ids: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Cosines and sines of a step: as given, or new; a layer without RoPE passes them on.
+
+        Args:
+            x: any tensor of the step; gives dtype and device.
+            position_ids: `(batch, seq_len)`.
+            cos_cache: as in `forward`, like the rest.
+            sin_cache: see `forward`.
+            use_polar_compatible_rope: see `forward`.
+            rotary_position_ids: see `forward`.
+        """
+        if (cos_cache is None) != (sin_cache is None):
+            raise ShapeError(explain("cos_cache and sin_cache", "be given together", "one of them"))
+        rotary = self._rotary(use_polar_compatible_rope)
+        if rotary is None:
+            return cos_cache, sin_cache
+        if cos_cache is None or sin_cache is None:
+            positions = position_ids if rotary_position_ids is None else rotary_position_ids
+            cos_cache, sin_cache = rotary(x, positions)
+        batch, seq_len = position_ids.shape
+        self._check_rotary_caches(cos_cache, sin_cache, batch, seq_len, use_polar_compatible_rope)
+        return cos_cache, sin_cache
+
+    def _rotary(self, polar: bool) -> Rotary | None:
+        """What makes the tables of a pairing, None in a layer without RoPE."""
+        if not polar:
+            return self.rotary_emb
+        if self.polar_rotary_emb is None or self.options.attn_temperature_tuning:
+            raise ConfigError(
+                explain(
+                    "use_polar_compatible_rope",
+                    "be False in a layer without rope_theta or with attn_temperature_tuning",
+                    True,
+                )
+            )
+        return self.polar_rotary_emb
+
+    def _check_rotary_caches(
+        self, cos: Tensor, sin: Tensor, batch: int, seq_len: int, polar: bool
+    ) -> None:
         owner = self.polar_rotary_emb if polar else self.rotary_emb
         width = getattr(owner, "rotary_dim", cos.shape[-1])
         width = width // 2 if polar else width
-        expected = (batch, seq_len, min(width, head_dim))
+        expected = (batch, seq_len, min(width, self.head_dim))
         for name, tensor in (("cos_cache", cos), ("sin_cache", sin)):
             if tuple(tensor.shape) != expected:
                 raise ShapeError(
