@@ -246,6 +246,12 @@ class NeuronConfig:
                 f"{tp} and {batch}",
                 "the reduce-scatter splits the batch over all ranks",
             )
+            require(
+                batch % tp == 0,
+                "tkg_batch_size",
+                "be a multiple of tp_degree when ep_dispatch_cc_option is RS_AG",
+                f"{batch} and {tp}",
+            )
 
     def _check_kernels(self) -> None:
         if self.strided_context_parallel_kernel_enabled:

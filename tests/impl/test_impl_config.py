@@ -49,6 +49,10 @@ DP = {"is_continuous_batching": True, "batch_size": 8}
             "be False when is_chunked_prefill",
         ),
         ({"tp_degree": 4, "ep_dispatch_cc_option": "RS_AG"}, "tp_degree must be at most"),
+        (
+            {"tp_degree": 4, "ep_dispatch_cc_option": "RS_AG", "batch_size": 6},
+            "tkg_batch_size must be a multiple of tp_degree",
+        ),
         ({"ep_dispatch_cc_option": "XX"}, "ep_dispatch_cc_option"),
         ({"padding_side": "middle"}, "padding_side"),
         ({"logical_nc_config": 3}, "logical_nc_config"),
