@@ -124,9 +124,9 @@ def ours(
     hidden: torch.Tensor,
     at: torch.Tensor,
     call: dict[str, Any] | None = None,
+    width: int = SIZES["head_dim"],
     **features: Any,
 ) -> torch.Tensor:
-    width = SIZES["head_dim"]
     config = InferenceConfig(
         neuron_config=NeuronConfig(torch_dtype=DOUBLE, batch_size=2, seq_len=131072),
         hidden_size=48,
@@ -354,5 +354,26 @@ def test_gemma2_caps_scores_and_scales_by_its_own_number() -> None:
         rotary_emb=rope(**parameters),
         softmax_scale=24**0.5,
         attn_logit_softcapping=5.0,
+    )
+    assert relative_error(got, expected) <= ROUNDOFF
+
+
+def test_phi_norms_heads_as_layers_turns_half_of_them_and_calls_its_output_dense() -> None:
+    parameters = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    width = SIZES["hidden_size"] // SIZES["num_attention_heads"]  # as its norms take it
+    state, hidden, at, expected = oracle(
+        "phi", "Phi", rope_parameters=parameters, qk_layernorm=True, head_dim=width
+    )
+    got = ours(
+        state,
+        hidden,
+        at,
+        width=width,
+        rotary_emb=RotaryEmbedding(width, rope_parameters=parameters),
+        q_layernorm=torch.nn.LayerNorm(width, 1e-5, dtype=DOUBLE),
+        k_layernorm=torch.nn.LayerNorm(width, 1e-5, dtype=DOUBLE),
+        qkv_bias=True,
+        o_bias=True,
+        o_proj_layer_name="dense",
     )
     assert relative_error(got, expected) <= ROUNDOFF
