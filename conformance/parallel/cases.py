@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from conformance.errors import UsageError
@@ -115,8 +116,24 @@ def transitions() -> list[ParallelWorkload]:
     return made
 
 
+def flash_decoding() -> list[ParallelWorkload]:
+    """Eight decode steps with a KV head's tokens spread over the ranks that share it."""
+    plain = {axis: choices[0] for axis, choices in AXES.items()}
+    made = []
+    for mesh, heads, cores, sinks in (
+        ((4, 1, 1), (8, 2), 2, True),
+        ((8, 1, 1), (7, 1), 8, False),
+        ((8, 1, 1), (8, 2), 4, True),
+    ):
+        case = build_case({**plain, "mesh": mesh, "heads": heads, "sinks": sinks}, steps=8)
+        spread = replace(case.parallelism, cores_per_group=cores)
+        # golden's heads are partial on each core, impl hands over joined ones
+        made.append(replace(case, parallelism=spread, stages=()))
+    return made
+
+
 def parallel_cases() -> list[ParallelWorkload]:
-    """Return the cases: pairwise coverage of `AXES`, then transitions over eight steps."""
+    """Return the cases: pairwise coverage of `AXES`, transitions, and flash decoding."""
     rng = random.Random(6)
     wanted = set(_possible_pairs())
     made: dict[str, ParallelWorkload] = {}
@@ -134,7 +151,7 @@ def parallel_cases() -> list[ParallelWorkload]:
             break
         wanted -= set(_pairs(best[1]))
         made[best[2].id] = best[2]
-    return [*made.values(), *transitions()]
+    return [*made.values(), *transitions(), *flash_decoding()]
 
 
 def _pairs(values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str, Any]]:

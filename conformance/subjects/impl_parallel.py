@@ -100,7 +100,8 @@ def run_rank(rank: int, world_size: int, call: RankCall) -> dict[str, Array]:
         )
         manager.store(0, output.present_key_value)
         later.append(output.hidden_states)
-    k, v = manager.get_kv_by_layer_id(0)
+    cores = call.parallelism.cores_per_group
+    k, v = (_by_position(x, rank % cores, cores) for x in manager.get_kv_by_layer_id(0))
     found = {
         "prefill": first.hidden_states,
         "prefill attn": heads.seen[0],
@@ -110,6 +111,15 @@ def run_rank(rank: int, world_size: int, call: RankCall) -> dict[str, Array]:
         "v_cache": v,
     }
     return {name: value.to(torch.float64).numpy() for name, value in found.items()}
+
+
+def _by_position(cache: Tensor, core: int, cores: int) -> Tensor:
+    """Put a core's slots at the positions they hold, zeros at those of other cores."""
+    if cores == 1:
+        return cache
+    whole = cache.new_zeros(*cache.shape[:2], cache.shape[2] * cores, cache.shape[3])
+    whole[:, :, core::cores] = cache
+    return whole
 
 
 def _build(call: RankCall) -> tuple[impl.NeuronAttentionBase, dict[str, Any]]:
@@ -123,6 +133,7 @@ def _build(call: RankCall) -> tuple[impl.NeuronAttentionBase, dict[str, Any]]:
             "is_post_global_attn_layer": spread.interleave == "after_global",
             "is_pre_global_attn_layer": spread.interleave == "before_global",
         }
+    cores = spread.cores_per_group
     reduce_dtype = None if spread.reduce_dtype is None else getattr(torch, spread.reduce_dtype)
     return make_layer(
         config,
@@ -140,7 +151,8 @@ def _build(call: RankCall) -> tuple[impl.NeuronAttentionBase, dict[str, Any]]:
             "logical_nc_config": 2 if spread.strided else 1,
             "ep_dispatch_cc_option": spread.ep_dispatch,
             "rpl_reduce_dtype": reduce_dtype,
+            "flash_decoding_enabled": cores > 1,
         },
-        model={},
-        layer=flags,
+        model={"num_cores_per_group": cores},
+        layer={**flags, "num_cores_per_group": cores},
     )

@@ -1,5 +1,6 @@
 """Mistakes planted in `impl` on ranks; each rank is a process of its own, so nothing is undone."""
 
+import math
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ import torch
 from torch.nn import functional
 
 import impl.attention_core
+import impl.flash_decoding
 import impl.state_dict
 from conformance.subjects import impl_parallel
 from conformance.subjects.impl_parallel import RankCall, run_rank
@@ -103,6 +105,19 @@ def batch_rows_swapped(rank: int, world_size: int, call: RankCall) -> Result:
         return right(self, x.roll(x.shape[dim] // 2, dim), dim)
 
     DecodePhase.rows = swapped
+    return run_rank(rank, world_size, call)
+
+
+def base_two_row_sums(rank: int, world_size: int, call: RankCall) -> Result:
+    """Rank 1 hands over the logarithm of its rows in base two, and others take it for natural."""
+    right = impl.flash_decoding.row_sums
+
+    def in_base_two(scores: torch.Tensor) -> Any:
+        sums = right(scores)
+        return sums._replace(largest=sums.largest / math.log(2))
+
+    if rank == 1:
+        impl.flash_decoding.row_sums = in_base_two
     return run_rank(rank, world_size, call)
 
 

@@ -41,6 +41,24 @@ def test_chunked_layers_that_hand_tokens_on_conform(place: Any) -> None:
     assert (verdict.verdict, verdict.reason) == ("CONFORMS", "")
 
 
+SPREAD = replace(
+    workload(mesh=(4, 1, 1), sinks=True),
+    parallelism=Parallelism(tp_degree=4, cores_per_group=2),
+    stages=(),
+)
+
+
+def test_flash_decoding_conforms() -> None:
+    verdict = judge_on_ranks(SPREAD)
+    assert (verdict.verdict, verdict.reason) == ("CONFORMS", "")
+
+
+def test_row_sums_in_base_two_are_found_where_ranks_have_joined_them() -> None:
+    verdict = judge_on_ranks(SPREAD, planted_ranks.base_two_row_sums)
+    assert (verdict.verdict, verdict.culprits) == ("DEVIATES", (0, 1, 2, 3))
+    assert "in step 1 output" in verdict.reason
+
+
 PLANTED: list[tuple[Any, dict[str, Any], tuple[int, ...], str]] = [
     (
         planted_ranks.o_bias_on_every_rank,
@@ -114,4 +132,5 @@ def test_cases_cover_every_mesh_and_every_pair_of_values_that_a_layer_may_have()
         for cp in (1, 2, 4):
             assert any(c.dtype == dtype and c.parallelism.cp_degree == cp for c in cases)
     behind = [c for c in cases if c.steps == 8]
-    assert {c.parallelism.cp_degree != c.parallelism.attention_dp_degree for c in behind} == {True}
+    apart = [c.parallelism.cp_degree != c.parallelism.attention_dp_degree for c in behind]
+    assert all(a or c.parallelism.cores_per_group > 1 for a, c in zip(apart, behind, strict=True))
