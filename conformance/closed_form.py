@@ -6,14 +6,17 @@ the denominator and `var_o` that of storing the output::
 
     sigma**2 = sum_j p_j**2 var_s_j (v_j - o)**2 + sum_j var_p_j v_j**2 + var_l / l**2 o**2 + var_o
 
-A stage adds the variance that the Monte Carlo runs give it: half that of stochastic rounding.
-Errors of sums are left out, and so are stages stored as precisely as sums are accumulated: below
-the roundings of a coarser output by 2**-13 and more. From the same stages come the derivatives of
-the output with respect to what moves scores, `do = sum_j p_j h_j (v_j - o)`, and to a sink.
+A stage adds the variance that the Monte Carlo runs give it: half that of stochastic rounding; for
+the covariance of a row, which has to serve kernels that store weights relative to other scores,
+that of a value anywhere between its neighbours. Errors of sums are left out, and so are stages
+stored as precisely as sums are accumulated: below the roundings of a coarser output by 2**-13 and
+more. From the same stages come the derivatives of the output with respect to what moves scores,
+`do = sum_j p_j h_j (v_j - o)`, and to a sink.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -46,11 +49,21 @@ class ClosedForm(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Stages:
-    """Observer that follows the variance of scores and weights from stage to stage."""
+class Stages:
+    """Observer that follows the variance of scores and weights from stage to stage.
+
+    Attributes:
+        profile: where to round, and to what.
+        config: the layer.
+        variance: of storing values in a format.
+        seen: values of some stages.
+        scores: variance of each score, in units of the shifted score.
+        weights: variance of each weight as the product with the values reads it.
+    """
 
     profile: PrecisionProfile
     config: AttentionConfig
+    variance: Callable[[str, Format, Array], Array]
     seen: dict[str, Array] = field(default_factory=dict)
     scores: Array | float = 0.0
     weights: Array | float = 0.0
@@ -77,7 +90,7 @@ class _Stages:
             self.weights = added / np.square(np.where(self._total > 0, self._total, 1.0))
         elif stage == "weights":
             self.weights = self.weights + added
-        if stage in ("scores", "softcap_tanh", "denominator", "weights", "attn"):
+        if stage in ("scores", "softcap_tanh", "exp", "denominator", "weights", "attn"):
             self.seen[stage] = value
         return value
 
@@ -93,7 +106,42 @@ class _Stages:
         stored = self.profile.stores.get(stage, self.profile.accumulation)
         if FORMATS[stored].precision >= FORMATS[self.profile.accumulation].precision:
             return 0.0
-        return rounding_variance(FORMATS[stored], value)
+        return self.variance(stage, FORMATS[stored], value)
+
+
+def internal_variance(stages: Stages, v: Array) -> Array:
+    """Return the variance of the output before it is stored."""
+    p, o, total = (stages.seen[name] for name in ("weights", "attn", "denominator"))
+    squared, variance = np.square(v), np.zeros_like(o)
+    if np.ndim(stages.scores):
+        moved = np.square(p) * stages.scores
+        raw = grouped_matmul(moved, squared)
+        part = raw - 2 * o * grouped_matmul(moved, v)
+        part += np.square(o) * moved.sum(axis=-1, keepdims=True)
+        variance += np.where(part > _CANCELLED * raw, part, 0.0)  # one key: v - o is 0
+    if np.ndim(stages.weights):
+        variance += grouped_matmul(np.asarray(stages.weights), squared)
+    stored_total = stages.stored("denominator", total)
+    if np.ndim(stored_total):
+        variance += stored_total / np.square(np.where(total > 0, total, 1.0)) * np.square(o)
+    return variance
+
+
+def unknown_variance(stage: str, form: Format, x: Array) -> Array:
+    """Return the variance of storing values of a stage, zero for values of the format.
+
+    Normalised weights are stored as golden has them, and those within a sixteenth of a gap from a
+    neighbour, such as a saturated softmax has, go there. All else a kernel may have moved, or
+    stores relative to another score: `ulp(x)**2 / 12`, or `x**2` where it goes to zero.
+    """
+    variance = np.zeros_like(x)
+    told = (x != 0.0) & np.isfinite(x)
+    values = x[told]
+    gap, error = form.ulp(values), np.abs(form.nearest(values) - values)
+    spread = np.minimum(gap**2 / 12, values**2)
+    known = error == 0 if stage != "weights" else error < gap / 16
+    variance[told] = np.where(known, error**2, spread)
+    return variance
 
 
 def rounding_variance(form: Format, x: Array) -> Array:
@@ -128,23 +176,10 @@ def closed_form(
         config: the layer.
         profile: what the subject claims; its output is coarser than its sums.
     """
-    stages = _Stages(profile, config)
+    stages = Stages(profile, config, lambda stage, form, x: rounding_variance(form, x))
     evaluate(observe=stages)
     p, o = stages.seen["weights"], stages.seen["attn"]
-    total = stages.seen["denominator"]
-    variance = np.zeros_like(o) + stages.stored("attn", o)
-    squared = np.square(v)
-    if np.ndim(stages.scores):
-        moved = np.square(p) * stages.scores
-        raw = grouped_matmul(moved, squared)
-        part = raw - 2 * o * grouped_matmul(moved, v)
-        part += np.square(o) * moved.sum(axis=-1, keepdims=True)
-        variance += np.where(part > _CANCELLED * raw, part, 0.0)  # one key: v - o is 0
-    if np.ndim(stages.weights):
-        variance += grouped_matmul(np.asarray(stages.weights), squared)
-    stored_total = stages.stored("denominator", total)
-    if np.ndim(stored_total):
-        variance += stored_total / np.square(np.where(total > 0, total, 1.0)) * np.square(o)
+    variance = stages.stored("attn", o) + internal_variance(stages, v)
 
     def moved_by(h: Array) -> Array:
         weighted = p * h

@@ -1,29 +1,26 @@
 """Predicts, from a precision profile and the inputs, how large a correct subject's error is.
 
 The golden is run again with every stage that the profile stores rounded at random (Monte Carlo
-arithmetic). Stochastic rounding keeps values of the format exact; over the place of a value between
-its neighbours its mean squared error is nearly twice that of rounding to nearest, so all injected
-noise is given that much more variance and every error is divided by `EXCESS`. One more run rounds
-to nearest: a correct subject in its own right, which covers inputs whose values fall on ties.
-
-Source: Parker (1997), UCLA CSD-970002; Sohier et al. (2021), arXiv 1807.09655, for Monte Carlo
-arithmetic.
+arithmetic). One more run rounds to nearest: a correct subject in its own right, which covers inputs
+whose values fall on ties. Where the output's own rounding is known to come last, it is taken from
+golden's value and its internal error as a subject's is: to nearest.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from conformance.covariance import RowCovariance
 from conformance.precision import PrecisionProfile
+from conformance.rounding_runs import EXCESS, MARGIN, Dither, nearest_runs
 from conformance.score_tests import Direction, ScoreTest, score_tests
-from conformance.sums import accumulation_scale
-from golden import FORMATS, Accumulation, Array
+from golden import FORMATS, Array
 
 Outputs: TypeAlias = Mapping[str, Array]
 Evaluate: TypeAlias = Callable[..., Outputs]
@@ -38,97 +35,12 @@ SMALL = 1 << 12
 
 _SHARE = 4.0
 """How far leaving a run out may lower a variance: where it alone erred, the rest is silent."""
-_MARGIN = 1 / 16
-"""Share of a gap on either side of a value of the format from which nothing is rounded away.
-
-Plain stochastic rounding sends a value that lies 1e-5 gaps from a neighbour to the other one once
-in 1e5 draws: an error that rounding to nearest never makes, and that alone would set a limit.
-"""
-EXCESS = math.sqrt(1.0 + (1.0 - 2.0 * _MARGIN) ** 2)
-"""Standard deviation of what the runs inject over that of rounding to nearest."""
-
-_SIGNIFICAND_BITS = 52
-_EXP_CELLS = 64
-"""Intervals of the significand within which an approximation of exp errs alike."""
 _DERIVATIVE_ROUNDOFF = 2.0**-32
 """Error of a derivative taken over a step of 2**-20, as a share of the row's largest value."""
 _FLUSHED = 2.0**-126
 """Smallest normal float32: many a unit takes what is smaller for zero."""
 _GOLDEN_ROUNDOFF = 2.0**-46
 """Golden's own error per row, as a share of the row's largest value: 2**-53 times 128 roundings."""
-
-
-@dataclass(slots=True)
-class Dither:
-    """Observer that rounds each stored stage at random, at `EXCESS` times nearest's error.
-
-    Attributes:
-        profile: where to round, and to what.
-        rng: source of the randomness.
-    """
-
-    profile: PrecisionProfile
-    rng: np.random.Generator
-
-    def __call__(
-        self, stage: str, value: Array, accumulation: Accumulation | None = None, /
-    ) -> Array:
-        """Return the value with one random draw of the stage's errors."""
-        stored = self.profile.stores.get(stage)
-        if stored is None:
-            return value
-        if accumulation is not None and stored == self.profile.accumulation:
-            value = value + self._normal(
-                accumulation_scale(self.profile, stage, value, accumulation)
-            )
-        if stage == "exp" and self.profile.exp_ulps:
-            width = EXCESS * self.profile.exp_ulps * FORMATS[stored].ulp(value)
-            noise = self.rng.uniform(-1.0, 1.0, size=value.shape) * width
-            value = np.where(value == 0.0, 0.0, value + noise)
-        return FORMATS[stored].stochastic(value, self.rng, margin=_MARGIN)
-
-    def _normal(self, scale: Array) -> Array:
-        return self.rng.standard_normal(scale.shape) * (EXCESS * scale)
-
-
-@dataclass(frozen=True, slots=True)
-class Nearest:
-    """Observer that rounds each stored stage to nearest: a correct subject of this profile.
-
-    Attributes:
-        profile: where to round, and to what.
-        reference: factor on unnormalised weights while they are rounded. A kernel with tiles
-            stores them relative to the largest score so far, and so between other neighbours.
-        rng: source of one function for the error of exp within `exp_ulps`; None is no error.
-    """
-
-    profile: PrecisionProfile
-    reference: float = 1.0
-    rng: np.random.Generator | None = None
-
-    def __call__(
-        self, stage: str, value: Array, accumulation: Accumulation | None = None, /
-    ) -> Array:
-        """Return the value rounded as the profile stores it."""
-        stored = self.profile.stores.get(stage)
-        if stored is None:
-            return value
-        if stage == "exp" and self.rng is not None:
-            value = value + self._approximation(value, self.rng) * FORMATS[stored].ulp(value)
-        if stage == "unnormalised_weights" and self.reference != 1.0:
-            return FORMATS[stored].nearest(value * self.reference) / self.reference
-        return FORMATS[stored].nearest(value)
-
-    def _approximation(self, exps: Array, rng: np.random.Generator) -> Array:
-        """Return the error of an approximation of exp, in ulps: a function of its argument.
-
-        Range reduction leaves the fractional part of the exponent to base 2, which is the
-        significand of the result: equal leading bits err alike, in every row.
-        """
-        errors = rng.uniform(-1.0, 1.0, size=_EXP_CELLS) * self.profile.exp_ulps
-        bits = np.ascontiguousarray(exps).view(np.uint64) >> np.uint64(_SIGNIFICAND_BITS - 6)
-        found: Array = errors[(bits & np.uint64(_EXP_CELLS - 1)).astype(np.intp)]
-        return np.where(exps == 0.0, 0.0, found)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,19 +51,41 @@ class ErrorScale:
         row_sigma: standard deviation of the error of each row, pooled along the last axis.
         sigma: of each element: half the row's variance, half the element's own.
         row_squares: per run, every row's mean squared error over its variance as the other runs
-            give it, `(runs, rows...)`; 0 where the row is exact. The run to nearest comes last.
+            give it, `(all runs, rows...)`; 0 where the row is exact. Those that round to nearest
+            come last.
         largest_square: per run, the largest squared error of an element over its variance as the
             other runs give it.
+        runs: how many are Monte Carlo runs.
         score_tests: directions in which a wrong parameter would move this output.
         sampled: rows that the Monte Carlo runs evaluated, shaped like the rows; None is all.
+        covariance: of every row; None where only sizes are predicted.
+        rounded: error of rows without spread, which are golden's stored to nearest; None is 0.
     """
 
     row_sigma: Array
     sigma: Array
     row_squares: Array
     largest_square: Array
+    runs: int
     score_tests: tuple[ScoreTest, ...] = ()
     sampled: RowMask | None = None
+    covariance: RowCovariance | None = None
+    rounded: Array | None = None
+
+    def standardised(self, error: Array, noisy: RowMask) -> tuple[Array, Array]:
+        """Return every element's error in units of its standard deviation, and rows' mean squares.
+
+        With covariances it is the part of the error that the row's other elements do not explain.
+
+        Args:
+            error: shaped like the output.
+            noisy: rows to look at; 0 elsewhere.
+        """
+        if self.covariance is not None:
+            z, mean_square = self.covariance.standardised(error)
+            return np.where(noisy[..., None], z, 0.0), np.where(noisy, mean_square, 0.0)
+        z = ratio(error, self.sigma, noisy[..., None])
+        return z, ratio(np.square(error).mean(axis=-1), np.square(self.row_sigma), noisy)
 
 
 def fewest_runs(expected: Outputs) -> int:
@@ -169,6 +103,7 @@ def predict_scale(
     runs: int,
     directions: Iterable[Direction] = (),
     independent_rows: bool = False,
+    last: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, ErrorScale]:
     """Predict the error scale of every output of a case.
 
@@ -181,22 +116,16 @@ def predict_scale(
         runs: how many.
         directions: in which a wrong parameter moves an output.
         independent_rows: whether no rounding is shared between rows.
+        last: per output, the stage whose rounding is the last thing that happens to it, where that
+            is known.
     """
-    errors: dict[str, list[Array]] = {name: [] for name in rows}
-    for run in range(runs):
-        rng = np.random.Generator(np.random.SFC64([seed, run]))
-        observed = evaluate(observe=Dither(profile, rng))
-        for name, collected in errors.items():
-            collected.append((observed[name] - expected[name]) / EXCESS)
-    for observer in nearest_runs(profile, seed):
-        nearest = evaluate(observe=observer)
-        for name, collected in errors.items():
-            collected.append(nearest[name] - expected[name])
-    drawn = {name: np.stack(collected) for name, collected in errors.items()}
-    scales = {name: _scale(drawn[name][: runs + 1], expected[name], rows[name]) for name in rows}
+    drawn = draw(evaluate, expected, profile, seed=seed, runs=runs, last=last)
+    scales = {
+        name: _scale(drawn[name].stored[: runs + 1], expected[name], rows[name]) for name in rows
+    }
     tests = score_tests(
         directions,
-        drawn,
+        {name: draws.independent for name, draws in drawn.items()},
         {name: weighing(scale.row_sigma, expected[name]) for name, scale in scales.items()},
         rows,
         runs=runs,
@@ -208,22 +137,54 @@ def predict_scale(
     }
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Draws:
+    """Errors of the Monte Carlo runs and then of those that round to nearest, one output.
+
+    Attributes:
+        stored: `(all runs, rows..., elements)`; where the output's own rounding is the last it is
+            that to nearest, and so alike in runs that hardly move the output before.
+        independent: the same, with that rounding drawn anew in each run.
+    """
+
+    stored: Array
+    independent: Array
+
+
+def draw(
+    evaluate: Evaluate,
+    expected: Outputs,
+    profile: PrecisionProfile,
+    *,
+    seed: int,
+    runs: int,
+    last: Mapping[str, str],
+) -> dict[str, Draws]:
+    """Run golden as often as asked, with `profile`'s roundings; takes what `predict_scale` does."""
+    stored: dict[str, list[Array]] = {name: [] for name in expected}
+    independent: dict[str, list[Array]] = {name: [] for name in expected}
+    for run in range(runs):
+        rng = np.random.Generator(np.random.SFC64([seed, run]))
+        observed = evaluate(observe=Dither(profile, rng, frozenset(last.values())))
+        for name, exact in expected.items():
+            error = (observed[name] - exact) / EXCESS
+            form = FORMATS[profile.stores.get(last.get(name, ""), "float64")]
+            value = exact + error
+            at_random = form.stochastic(value, rng, margin=MARGIN)
+            independent[name].append(error + (at_random - value) / EXCESS)
+            stored[name].append(error + (form.nearest(value) - value))
+    for observer in nearest_runs(profile, seed):
+        nearest = evaluate(observe=observer)
+        for name, exact in expected.items():
+            stored[name].append(nearest[name] - exact)
+            independent[name].append(stored[name][-1])
+    return {name: Draws(np.stack(stored[name]), np.stack(independent[name])) for name in expected}
+
+
 def weighing(row_sigma: Array, expected: Array) -> Array:
     """Return row scales to weigh a derivative by: not below what its difference resolves."""
     floor = _DERIVATIVE_ROUNDOFF * np.abs(expected).max(axis=-1, initial=0.0)
     return np.where(row_sigma > 0, np.maximum(row_sigma, floor), 0.0)
-
-
-def nearest_runs(profile: PrecisionProfile, seed: int) -> Iterator[Nearest]:
-    """Yield correct subjects that round to nearest: a plain one, then three with a bias of theirs.
-
-    Those store unnormalised weights relative to other scores, a quarter of a binade apart, and
-    compute exp by approximations of their own.
-    """
-    yield Nearest(profile)
-    for quarter in (1, 2, 3):
-        rng = np.random.Generator(np.random.SFC64([seed, quarter, 0]))
-        yield Nearest(profile, 2.0 ** (-quarter / 4), rng)
 
 
 def _scale(errors: Array, expected: Array, rows: RowMask) -> ErrorScale:
@@ -250,7 +211,7 @@ def _scale(errors: Array, expected: Array, rows: RowMask) -> ErrorScale:
             of_element = np.maximum(of_element, variance / _SHARE)
         row_squares[run] = ratio(square.mean(axis=-1), of_row, counted)
         largest[run] = ratio(square, of_element, counted[..., None]).max(initial=0.0)
-    return ErrorScale(np.sqrt(row_variance), np.sqrt(variance), row_squares, largest)
+    return ErrorScale(np.sqrt(row_variance), np.sqrt(variance), row_squares, largest, runs)
 
 
 def ratio(value: Array, scale: Array, counted: RowMask) -> Array:

@@ -3,18 +3,10 @@
 With `z = (observed - expected) / sigma`, these have a limit each: the largest `z**2`; the largest
 mean of `z**2` over a row, a head, a KV group and a tile of rows (`row_groups`); its mean over the
 whole output; and its projection on what a wrong parameter would do (`score_tests`, with limits of
-their own). The others' limits come from the Monte Carlo runs of the same case and the run that
-rounds to nearest: if `m` is the largest value that `n` draws in each of `K` runs gave, the limit
-is ::
+their own). The others' limits come from the Monte Carlo runs of the same case and those that round
+to nearest (`spread_limits`).
 
-    base + (m - base) * (1 + log(K / alpha) / log(K n))
-
-which continues an exponential tail from the level `1 / (K n)`, where the runs have seen it, to
-`alpha / n`, where one case in `1 / alpha` would exceed it by chance. `z**2` of a Gaussian has just
-such a tail and rounding errors, being bounded, a shorter one. The base is 0 for a single square,
-and for means of squares their mean over the runs.
-
-A row in which every run made no error at all must be matched exactly: a fully masked row, say.
+A row in which no claimed rounding changes anything must be matched exactly: a fully masked row.
 """
 
 from __future__ import annotations
@@ -27,7 +19,8 @@ import numpy as np
 
 from conformance.error_model import ErrorScale, Outputs, RowMask
 from conformance.false_alarms import STANDARD
-from conformance.row_groups import RowGroup, row_groups
+from conformance.row_groups import RowGroup, row_groups, whole
+from conformance.spread_limits import pooled_limits, tail_limit
 from golden import Array
 from reports.records import Statistic, Worst
 
@@ -74,7 +67,6 @@ def judge_outputs(
     *,
     alpha: float = FALSE_ALARM_RATE,
     group_size: int = 1,
-    extra: tuple[Statistic, ...] = (),
 ) -> Judgement:
     """Judge every output of a case.
 
@@ -85,10 +77,9 @@ def judge_outputs(
         scales: predicted errors, by output.
         alpha: chance that a correct subject fails the case, shared equally by its statistics.
         group_size: query heads per KV head.
-        extra: further statistics of the case, measured elsewhere.
     """
     share = alpha / statistic_count(rows, scales, group_size)
-    statistics = list(extra)
+    statistics: list[Statistic] = []
     worst: list[Worst] = []
     for name, counted in rows.items():
         if not counted.any():
@@ -156,14 +147,14 @@ def _judge_output(
     noisy = counted & (scale.row_sigma > 0)
     exact = counted & ~noisy
     error = np.where(counted[..., None], error, 0.0)  # padded rows may hold NaN
-    z = np.zeros_like(error)
-    np.divide(error, scale.sigma, out=z, where=noisy[..., None] & (scale.sigma > 0))
-    z[exact] = np.where(error[exact] == 0, 0.0, np.inf)
+    z, mean_square = scale.standardised(error, noisy)
+    rounded = np.zeros_like(error) if scale.rounded is None else scale.rounded
+    z[exact] = np.where(error[exact] == rounded[exact], 0.0, np.inf)
     element = _index(np.argmax(np.abs(z)), z.shape)
 
     statistics: list[Statistic] = []
     if exact.any():
-        wrong = (error != 0).any(axis=-1) & exact
+        wrong = (error != rounded).any(axis=-1) & exact
         statistics.append(
             Statistic(
                 output=name,
@@ -175,12 +166,10 @@ def _judge_output(
             )
         )
     if noisy.any():
-        mean_square = np.zeros(noisy.shape)
-        variance = np.square(scale.row_sigma)
-        np.divide(np.square(error).mean(axis=-1), variance, mean_square, where=noisy)
         statistics += _noisy_statistics(name, mean_square, z, noisy, scale, alpha)
         for group in row_groups(noisy.shape, group_size):
-            statistics.append(_group_statistic(name, group, mean_square, noisy, scale, alpha))
+            label = f"{group.name} spread"
+            statistics.append(_pooled(label, name, group, mean_square, noisy, scale, alpha))
         statistics += [test.statistic(error, alpha) for test in scale.score_tests]
     return statistics, element
 
@@ -192,8 +181,8 @@ def _noisy_statistics(
     drawn = noisy if scale.sampled is None else noisy & scale.sampled
     row_runs = scale.row_squares[:, drawn]
     count, seen = int(np.count_nonzero(noisy)), int(np.count_nonzero(drawn))
-    runs = len(row_runs) - 1
-    base = float(row_runs[:-1].mean())
+    runs = scale.runs
+    base = float(row_runs[:runs].mean())
     elements = count * z.shape[-1]
     return [
         Statistic(
@@ -201,7 +190,9 @@ def _noisy_statistics(
             name="magnitude",
             value=float(magnitude.max()),
             limit=math.sqrt(
-                tail_limit(scale.largest_square, 0.0, elements, alpha, seen * z.shape[-1])
+                tail_limit(
+                    scale.largest_square, 0.0, elements, alpha, seen * z.shape[-1], runs=runs
+                )
             ),
             derivation=f"largest |z| of {runs} Monte Carlo runs x {elements} elements, tail "
             f"continued to {alpha:.1e}",
@@ -211,23 +202,17 @@ def _noisy_statistics(
             output=name,
             name="row spread",
             value=math.sqrt(float(mean_square.max())),
-            limit=math.sqrt(tail_limit(row_runs.max(axis=1), base, count, alpha, seen)),
+            limit=math.sqrt(tail_limit(row_runs.max(axis=1), base, count, alpha, seen, runs=runs)),
             derivation=f"largest row RMS of z of {runs} Monte Carlo runs x {count} rows, tail "
             f"continued to {alpha:.1e}",
             where=_index(np.argmax(mean_square), mean_square.shape),
         ),
-        Statistic(
-            output=name,
-            name="spread",
-            value=math.sqrt(float(mean_square[noisy].mean())),
-            limit=math.sqrt(tail_limit(row_runs.mean(axis=1), base, 1, alpha)),
-            derivation=f"largest overall RMS of z of {runs} Monte Carlo runs, tail continued to "
-            f"{alpha:.1e}",
-        ),
+        _pooled("spread", name, whole(noisy.shape), mean_square, noisy, scale, alpha),
     ]
 
 
-def _group_statistic(
+def _pooled(
+    label: str,
     name: str,
     group: RowGroup,
     mean_square: Array,
@@ -235,39 +220,30 @@ def _group_statistic(
     scale: ErrorScale,
     alpha: float,
 ) -> Statistic:
+    """Hold the mean square of every group of rows to its limit, and tell the nearest to it."""
     found = group.means(mean_square, noisy)
     sampled = noisy if scale.sampled is None else noisy & scale.sampled
-    drawn = np.stack([group.means(run, sampled) for run in scale.row_squares])
-    runs, count = len(drawn) - 1, len(found)
-    base = float(scale.row_squares[:-1, sampled].mean())
-    worst = int(np.argmax(found))
+    if scale.covariance is not None:
+        labels = np.unique(group.labels[noisy], return_inverse=True)[1]
+        limits = pooled_limits(scale.row_squares[:, noisy], scale.runs, labels, alpha)
+        how = f"gamma distribution of the mean at {alpha:.1e}"
+    else:
+        drawn = np.stack([group.means(run, sampled) for run in scale.row_squares])
+        base = float(scale.row_squares[: scale.runs, sampled].mean())
+        squares, seen = drawn.max(axis=1), drawn.shape[1]
+        limit = tail_limit(squares, base, len(found), alpha, seen, runs=scale.runs)
+        limits = np.full(len(found), limit)
+        how = f"tail of the largest continued to {alpha:.1e}"
+    worst = int(np.argmax(found / limits))
     return Statistic(
         output=name,
-        name=f"{group.name} spread",
+        name=label,
         value=math.sqrt(float(found[worst])),
-        limit=math.sqrt(tail_limit(drawn.max(axis=1), base, count, alpha, drawn.shape[1])),
-        derivation=f"largest RMS of z over a {group.name} of {runs} Monte Carlo runs x {count}, "
-        f"tail continued to {alpha:.1e}",
-        where=group.first(worst, noisy),
+        limit=math.sqrt(float(limits[worst])),
+        derivation=f"RMS of z over {len(found)} groups of rows in {scale.runs} Monte Carlo runs, "
+        f"{how}",
+        where=group.first(worst, noisy) if len(found) > 1 else (),
     )
-
-
-def tail_limit(
-    squares: Array, base: float, count: int, alpha: float, seen: int | None = None
-) -> float:
-    """Continue the tail of a squared statistic from what the runs have seen to level `alpha`.
-
-    Args:
-        squares: the statistic's largest square of each Monte Carlo run, and of the run that
-            rounds to nearest.
-        base: its expectation under the model, from which the tail is measured.
-        count: values it is drawn from.
-        alpha: chance with which a correct subject may exceed the limit.
-        seen: values each run drew it from, if those were fewer.
-    """
-    runs, seen = len(squares) - 1, count if seen is None else seen
-    reach = 1.0 + math.log(runs / alpha * count / seen) / math.log(max(runs * seen, 2))
-    return base + max(float(squares.max()) - base, 0.0) * reach
 
 
 def _worst(

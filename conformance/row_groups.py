@@ -44,6 +44,11 @@ class RowGroup:
         return tuple(int(i) for i in index)
 
 
+def whole(shape: tuple[int, ...]) -> RowGroup:
+    """Return the group of all rows of an output."""
+    return RowGroup("whole", np.zeros(shape, dtype=np.intp))
+
+
 def row_groups(shape: tuple[int, ...], group_size: int) -> tuple[RowGroup, ...]:
     """Return the groups of an output, without those that say the same as a coarser one.
 

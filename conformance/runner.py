@@ -13,18 +13,15 @@ from typing import Any
 
 from conformance.calls import call_of
 from conformance.cases import PHASE_NAMES, Case
+from conformance.core_scale import predict_core
 from conformance.directions import directions
-from conformance.error_model import (
-    MANY_RUNS,
-    ErrorScale,
-    fewest_runs,
-    predict_scale,
-)
+from conformance.error_model import MANY_RUNS, ErrorScale, Outputs, predict_scale
 from conformance.exact_rules import Subjected, exact_statistics
 from conformance.expected import Inputs, Reference, reference
 from conformance.false_alarms import STANDARD, FalseAlarms
 from conformance.inputs import CoreInputs, draw_core, draw_layer
 from conformance.judge import Judgement, judge_outputs, zeros_pass
+from conformance.looks import look
 from conformance.observed import Malformed, check_finite, observe
 from conformance.precision import PrecisionProfile, profile_named
 from conformance.real_models import real_layer_inputs
@@ -109,19 +106,23 @@ def judge_case(
             text=traceback.format_exc(),
         )
     groups = case.config.group_size if case.scope == "core" else 1
-    alpha, runs = alarms.per_case, fewest_runs(expected.outputs)
-    while True:
+    alpha = alarms.per_case
+
+    def predict(runs: int) -> Mapping[str, ErrorScale]:
         with clock.timing("error model"):
-            scales = predicted(case, inputs, expected, profile, runs=runs)
+            return predicted(case, inputs, expected, profile, runs=runs)
+
+    def judge(outputs: Outputs, scales: Mapping[str, ErrorScale]) -> Judgement:
+        return judge_outputs(
+            outputs, expected.outputs, expected.rows, scales, alpha=alpha, group_size=groups
+        )
+
+    def judge_first(scales: Mapping[str, ErrorScale]) -> Judgement:
         with clock.timing("judge"):
-            compared = (expected.outputs, expected.rows, scales)
-            judgement = judge_outputs(
-                observed, *compared, alpha=alpha, group_size=groups, extra=kept
-            )
-        if judgement.conforms or runs == MANY_RUNS:
-            break
-        # few runs may know a row's error scale too little; a finding takes many
-        runs = MANY_RUNS
+            return judge(observed, scales).with_statistics(kept)
+
+    judgement, scales = look(expected.outputs, predict, judge_first)
+    compared = (expected.outputs, expected.rows, scales)
     vacuous = zeros_pass(*compared, alpha=alpha, group_size=groups)
     if exact_rules:
         with clock.timing("exact rules"):
@@ -130,9 +131,7 @@ def judge_case(
                 run=lambda call, changed: observe(subject.function(call), case, changed, expected)[
                     0
                 ],
-                conforms=lambda outputs: (
-                    judge_outputs(outputs, *compared, alpha=alpha, group_size=groups).conforms
-                ),
+                conforms=lambda outputs: judge(outputs, scales).conforms,
                 disclaims=subject.disclaims,
             )
             judgement = judgement.with_statistics(
@@ -162,6 +161,10 @@ def predicted(
         scales = predict_sampled(case, inputs, expected, profile, seed=seed)
         if scales is not None:
             return scales
+    elif isinstance(inputs, CoreInputs):
+        scales = predict_core(case, inputs, expected, profile, seed=seed, runs=runs)
+        if scales is not None:
+            return scales
     return predict_scale(
         expected.evaluate,
         expected.outputs,
@@ -172,6 +175,7 @@ def predicted(
         directions=directions(case, inputs, expected),
         # a kernel's rows round nothing in common but exp's error, a function of its argument
         independent_rows=case.scope == "core" and case.dtype != profile.accumulation,
+        last={"output": "attn"} if case.scope == "core" else {},
     )
 
 

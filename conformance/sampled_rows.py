@@ -15,18 +15,11 @@ import numpy as np
 from conformance.cases import Case
 from conformance.closed_form import ClosedForm, closed_form
 from conformance.directions import output_shifts
-from conformance.error_model import (
-    EXCESS,
-    FEW_RUNS,
-    Dither,
-    ErrorScale,
-    nearest_runs,
-    ratio,
-    weighing,
-)
+from conformance.error_model import FEW_RUNS, ErrorScale, ratio, weighing
 from conformance.expected import Inputs, Reference
 from conformance.inputs import CoreInputs
 from conformance.precision import PrecisionProfile
+from conformance.rounding_runs import EXCESS, Dither, nearest_runs
 from conformance.score_tests import Direction, sampled_score_tests
 from golden import FORMATS, Array
 
@@ -91,6 +84,7 @@ def predict_sampled(
         sigma=np.sqrt(variance),
         row_squares=row_squares,
         largest_square=np.array(largest),
+        runs=FEW_RUNS,
         score_tests=tests,
         sampled=sampled,
     )

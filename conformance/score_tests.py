@@ -14,27 +14,39 @@ elements at once, but the Monte Carlo runs are draws of the same errors, so thei
   `s**2 = mean_k sum_r t_kr**2` has Satterthwaite's `(sum_r v_r)**2 / sum_r v_r**2` times as many,
   `v_r = mean_k t_kr**2`: some thousands. It is taken back where the `T_k` themselves contradict it.
 
-The limit is `t s + 2 |T_n| + slack ||g / sigma||`: Student's quantile for a new draw of mean 0;
-twice the largest bias `T_n` of the runs that round to nearest, which has a size of its own where
-many values are equal; and what a constant held in float32 may be off by.
+Where the covariance `Sigma` of a row's errors is known, `w = Sigma**-1 g / sqrt(g^T Sigma**-1 g)`,
+which no other weights beat in power, and `T` of variance 1 but for what `Sigma` leaves out.
+
+The limit is `t s + bias + slack ||g / sigma||`: Student's quantile for a new draw of mean 0; a bias
+as told by the runs that round to nearest; and what a constant held in float32 may be off by. Where
+many values are equal their roundings are, and the bias has a size of its own: twice the largest
+`|T_n|` of those runs. Else those `T_n` are draws like all others, and no limit is below 1.25 of
+one. `t s` rests on few rows where few err; then a bound from the size of every rounding may be
+lower: of variance `b**2` and each bounded and uniform, their sum exceeds `b sqrt(2 log(2 / alpha))`
+with chance `alpha` at most (Hoeffding 1963).
 
 Source: Rao (1948), Proc. Camb. Phil. Soc. 44, for score tests; Satterthwaite (1946), Biometrics
-Bulletin 2(6), for the degrees of freedom.
+Bulletin 2(6), for the degrees of freedom; Hoeffding (1963), J. Am. Stat. Assoc. 58, for the bound.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import chdtri, stdtrit
 
+from conformance.covariance import RowCovariance
 from golden import Array
 from reports.records import Statistic
 
+_NEAREST = 1.25
+"""How far a limit lies above what correct subjects were seen to reach, at least."""
+_FEW = 200.0
+"""Degrees of freedom from which on Student's tail is near the normal one, and bounds are not."""
 _CONTRADICTED = 1e-3
 """Chance of independent rows to be taken for dependent ones, which costs power alone."""
 
@@ -77,6 +89,8 @@ class ScoreTest:
         nearest: the largest `|T|` of the runs that round to nearest.
         slack: units by which a correct subject's constant may be off.
         runs: Monte Carlo runs behind it.
+        repeats: whether values repeat, so that the runs to nearest have a bias of their own.
+        bound: standard deviation of `T` from the size of every rounding; infinite if unknown.
     """
 
     name: str
@@ -91,11 +105,18 @@ class ScoreTest:
     nearest: float
     slack: float
     runs: int
+    repeats: bool = True
+    bound: float = math.inf
 
     def limit(self, alpha: float) -> float:
         """Return what `|T|` of a correct subject exceeds with chance `alpha`."""
-        quantile = -float(stdtrit(self.freedom, alpha / 2))
-        return quantile * self.spread + 2 * self.nearest + self.slack * self.norm
+        reach = -float(stdtrit(self.freedom, alpha / 2)) * self.spread
+        if self.repeats:
+            reach += 2 * self.nearest
+        else:
+            reach = min(reach, self.bound * math.sqrt(2 * math.log(2 / alpha)))
+            reach = max(reach, _NEAREST * self.nearest)
+        return reach + self.slack * self.norm
 
     def detectable(self, alpha: float) -> float:
         """Return the error of the parameter, in its unit, that is found in half of all draws."""
@@ -125,6 +146,9 @@ def score_tests(
     *,
     runs: int,
     independent_rows: bool,
+    covariance: RowCovariance | None = None,
+    repeats: bool = True,
+    bound: Callable[[Array, tuple[slice, ...]], float] | None = None,
 ) -> tuple[ScoreTest, ...]:
     """Prepare the score tests of a case.
 
@@ -136,6 +160,10 @@ def score_tests(
         rows: per output, which rows count.
         runs: how many are Monte Carlo runs.
         independent_rows: whether no rounding is shared between rows.
+        covariance: of every row, where it is known; then there is one output.
+        repeats: whether values repeat.
+        bound: gives the standard deviation of `T` from the size of every rounding, for weights
+            that cover a part of the output.
     """
     found = []
     for direction in directions:
@@ -145,11 +173,19 @@ def score_tests(
         inverse = np.divide(1.0, sigma, out=np.zeros_like(sigma), where=counted)
         scaled = direction.slope * inverse[..., None]
         norm = float(np.linalg.norm(scaled))
+        if covariance is not None:
+            slope = np.where(counted[..., None], direction.slope, 0.0)
+            weighed = covariance.part(part).weighed(slope)
+            norm = math.sqrt(max(float((slope * weighed).sum()), 0.0))
+            scaled = weighed * sigma[..., None]
         if norm == 0:
             continue
         weights = (scaled / norm).astype(np.float32)
         parts = np.stack([row_parts(weights, inverse, error[part]) for error in errors[name]])
         spread, freedom = null_spread(parts[:runs], independent=independent_rows)
+        known = math.inf
+        if bound is not None and freedom < _FEW:
+            known = bound(np.asarray(weights * inverse[..., None], dtype=np.float64), part)
         found.append(
             ScoreTest(
                 name=direction.name,
@@ -164,6 +200,8 @@ def score_tests(
                 nearest=float(np.abs(parts[runs:].sum(axis=1)).max()),
                 slack=direction.slack,
                 runs=runs,
+                repeats=repeats,
+                bound=known,
             )
         )
     return tuple(found)

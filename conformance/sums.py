@@ -12,6 +12,9 @@ sum of the first `k` the mean `k m` and, since the last of them is known, the va
 Summed over the steps inside each of `n / b` blocks, and over the sums of blocks, this is, up to
 lower powers, `m**2 (n b**2 / 3 + n**3 / (3 b)) + w (n b / 2 - b**2 / 3 + n**2 / (6 b))`.
 
+That is for terms of like size. An addition errs by no more than its smaller part, so a sum of one
+large term and many small ones errs by at most twice what is left of their sizes without it.
+
 Source: Higham and Mary (2019), SIAM J. Sci. Comput. 41(5) A2815, for rounding errors as a random
 walk; Cochran (1977), Sampling Techniques, section 2.5, for sums of draws without replacement.
 """
@@ -58,6 +61,8 @@ def accumulation_scale(
     form = FORMATS[profile.accumulation]
     variance = BINADE * form.unit_roundoff**2 * energy / 3
     scale: Array = np.where((n > 1) & (form.nearest(value) != value), np.sqrt(variance), 0.0)
+    if accumulation.rest is not None:
+        scale = np.minimum(scale, 2 * np.maximum(accumulation.rest(), 0.0))
     return scale
 
 

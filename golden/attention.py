@@ -117,6 +117,7 @@ def attend(
             kv_len,
             lambda: np.square(exps).sum(axis=-1, keepdims=True) + np.square(sunk),
             lambda: seen() + (sinks is not None),  # the sink is a term of its own
+            lambda: total - np.maximum(exps.max(axis=-1, keepdims=True, initial=0.0), sunk),
         ),
     )
     exps = observe("unnormalised_weights", exps)
@@ -125,7 +126,12 @@ def attend(
     output = observe(
         "attn",
         _mix(weights, v, visible),
-        Accumulation(kv_len, lambda: _mix(np.square(weights), _squared(v), visible), seen),
+        Accumulation(
+            kv_len,
+            lambda: _mix(np.square(weights), _squared(v), visible),
+            seen,
+            lambda: _but_the_largest(weights, v),
+        ),
     )
     with np.errstate(divide="ignore"):
         logsumexp = (np.log(total) + top)[..., 0]
@@ -175,6 +181,14 @@ def grouped_matmul(rows: Array, columns: Array) -> Array:
     kv_heads, n = columns.shape[1], columns.shape[3]
     grouped = rows.reshape(batch, kv_heads, heads // kv_heads * m, inner)
     return (grouped @ columns).reshape(batch, heads, m, n)
+
+
+def _but_the_largest(weights: Array, v: Array) -> Array:
+    """Bound the sizes of weighted values without a row's largest weight."""
+    left = weights.sum(axis=-1, keepdims=True) - weights.max(axis=-1, keepdims=True, initial=0.0)
+    largest = np.abs(v).max(axis=2, keepdims=True, initial=0.0)
+    bound: Array = left * largest.repeat(weights.shape[1] // v.shape[1], axis=1)
+    return bound
 
 
 def _squared(v: Array) -> Array:

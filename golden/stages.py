@@ -93,11 +93,13 @@ class Accumulation:
             observers that need it, since it costs as much as the stage itself.
         visible: computes the number of terms in each sum where masked ones are none, broadcastable
             to the value; None is `length` everywhere.
+        rest: computes a bound on the sum of the terms' sizes without the largest; None is unknown.
     """
 
     length: int
     squares: Callable[[], Array]
     visible: Callable[[], Array] | None = None
+    rest: Callable[[], Array] | None = None
 
     def count(self) -> Array:
         """Return how many terms each sum adds, broadcastable to the value."""

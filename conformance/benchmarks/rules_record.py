@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from golden import FORMATS, Array
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Trial:
     """What a rule may look at; all arrays `(rows, head_dim)`, float64, padding left out.
 
@@ -26,7 +27,7 @@ class Trial:
     dtype: str
     softcapped: bool
 
-    @property
+    @cached_property
     def reference(self) -> Array:
         """The exact answer stored in the tensors' dtype."""
         return FORMATS[self.dtype].nearest(self.golden)

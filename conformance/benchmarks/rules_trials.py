@@ -34,7 +34,7 @@ class Verdicts:
         case_id: the case.
         dtype: of its tensors.
         kernel: name of a correct kernel, or id of a defect.
-        kind: `invisible` is a defect that changes nothing on this case; see `changes_something`.
+        kind: `invisible` is a defect that changes nothing on this case; see `Unchanged`.
         accepted: by rule.
     """
 
@@ -73,27 +73,41 @@ def _outputs(judged: JudgedCase) -> Iterator[tuple[str, Kind, Array, str]]:
     for control in CONTROLS:
         if control.applies(case):
             yield control.id, "correct", control.run(problem), "flash"
+    unchanged = Unchanged(judged)
     for defect in DEFECTS:
         if defect.applies(case):
-            kind: Kind = "defect" if changes_something(defect, judged) else "invisible"
-            yield defect.id, kind, defect.run(problem), "flash"
+            output = defect.run(problem)
+            kind: Kind = "defect" if unchanged.differs_from(defect, output) else "invisible"
+            yield defect.id, kind, output, "flash"
 
 
-def changes_something(defect: Defect, judged: JudgedCase) -> bool:
-    """Tell whether a defect computes anything else than the correct kernel on a case.
+class Unchanged:
+    """The correct kernel on a case, as stored and exact, that defects are told from."""
 
-    A bug of rounding must change a bit of the stored output. Any other must do so too, and move
-    the exact result by more than float64's own roundoff: a bug that only sums in another order on
-    this case is none there.
-    """
-    stored = problem_of(judged.case, judged.inputs)
-    if np.array_equal(judged.used(defect.run(stored)), judged.used(Kernel()(stored))):
-        return False
-    if defect.rounding:
-        return True
-    exact = problem_of(judged.case, judged.inputs, dtype="float64")
-    moved = np.abs(judged.used(defect.run(exact)) - judged.used(Kernel()(exact)))
-    return bool((moved > _ROUNDOFF * np.abs(judged.used(judged.golden)).max()).any())
+    def __init__(self, judged: JudgedCase) -> None:
+        self._judged = judged
+        self._exact_problem = problem_of(judged.case, judged.inputs, dtype="float64")
+        self._stored = judged.used(Kernel()(problem_of(judged.case, judged.inputs)))
+        self._exact = judged.used(Kernel()(self._exact_problem))
+        self._roundoff = _ROUNDOFF * np.abs(judged.used(judged.golden)).max()
+
+    def differs_from(self, defect: Defect, output: Array) -> bool:
+        """Tell whether a defect computes anything else than the correct kernel.
+
+        A bug of rounding must change a bit of the stored output. Any other must do so too, and
+        move the exact result by more than float64's own roundoff: a bug that only sums in another
+        order on this case is none there.
+
+        Args:
+            defect: the bug.
+            output: what it stored.
+        """
+        if np.array_equal(self._judged.used(output), self._stored):
+            return False
+        if defect.rounding:
+            return True
+        moved = np.abs(self._judged.used(defect.run(self._exact_problem)) - self._exact)
+        return bool((moved > self._roundoff).any())
 
 
 def _accepted(judged: JudgedCase, output: Array, profile: str, baseline: Array) -> dict[str, bool]:

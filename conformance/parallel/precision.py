@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from conformance.error_model import Dither, Nearest
 from conformance.precision import PrecisionProfile
+from conformance.rounding_runs import Dither, Nearest
 from golden import Accumulation, Array, Observer
 from golden.sharding import Parallelism, RankObserver
 

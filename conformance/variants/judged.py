@@ -10,10 +10,11 @@ import torch
 
 from conformance.calls import call_of
 from conformance.cases import Case
-from conformance.error_model import MANY_RUNS, ErrorScale, fewest_runs
+from conformance.error_model import ErrorScale
 from conformance.expected import Reference, reference
 from conformance.inputs import CoreInputs, draw_core
 from conformance.judge import Judgement, judge_outputs
+from conformance.looks import look
 from conformance.precision import profile_named
 from conformance.runner import predicted
 from conformance.subjects.base import CoreCall, Subject
@@ -62,18 +63,17 @@ class JudgedCase:
 
     def judge(self, output: Array, profile: str) -> Judgement:
         """Judge an output under a profile, with more runs before finding anything wrong."""
-        first = fewest_runs(self.expected.outputs)
-        for runs in (first, MANY_RUNS):
-            judgement = judge_outputs(
+        return look(
+            self.expected.outputs,
+            lambda runs: self.scale(profile, runs),
+            lambda scales: judge_outputs(
                 {"output": output},
                 self.expected.outputs,
                 self.expected.rows,
-                self.scale(profile, runs),
+                scales,
                 group_size=self.case.config.group_size,
-            )
-            if judgement.conforms:
-                break
-        return judgement
+            ),
+        )[0]
 
     def used(self, output: Array) -> Array:
         """Return the rows that are no padding, `(rows, head_dim)`."""

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 import golden
-from conformance.error_model import Nearest
 from conformance.precision import native
+from conformance.rounding_runs import Nearest
 from conformance.subjects import LayerCall, LayerOutput, ServeCall, ServeOutput, ServeStep, StoredAs
 from conformance.subjects.base import Adapters
 from golden import Array

@@ -7,18 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from conformance.error_model import (
-    EXCESS,
-    FEW_RUNS,
-    MANY_RUNS,
-    Dither,
-    ErrorScale,
-    Nearest,
-    _scale,
-    predict_scale,
-)
-from conformance.judge import FALSE_ALARM_RATE, judge_outputs, tail_limit
+from conformance.error_model import FEW_RUNS, MANY_RUNS, ErrorScale, _scale, predict_scale
+from conformance.judge import FALSE_ALARM_RATE, judge_outputs
 from conformance.precision import profile_named
+from conformance.rounding_runs import EXCESS, Dither, Nearest
+from conformance.spread_limits import tail_limit
 from golden import FORMATS, Array, Observer, unobserved
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 import golden.sharding.context_attention
-from conformance.error_model import Nearest
 from conformance.parallel.expected import RankReference, rank_reference, reference
 from conformance.parallel.observations import RankObservation, layer_values
 from conformance.parallel.precision import OnRanks, on_ranks, reduction_profile
@@ -22,6 +21,7 @@ from conformance.parallel.stages import OBSERVABLE, ORDER, RESULTS, Seen
 from conformance.parallel.verdict import ParallelVerdict, judge_ranks, judge_run
 from conformance.parallel.workloads import ParallelWorkload, WorkloadInputs, draw_workload
 from conformance.precision import profile_named
+from conformance.rounding_runs import Nearest
 from golden import (
     FORMATS,
     Accumulation,

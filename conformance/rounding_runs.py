@@ -1,0 +1,142 @@
+"""Observers that round as a profile says: at random, and to nearest.
+
+Stochastic rounding keeps values of the format exact; over the place of a value between its
+neighbours its mean squared error is nearly twice that of rounding to nearest, so all injected noise
+is given that much more variance and errors of such runs are divided by `EXCESS`.
+
+Source: Parker (1997), UCLA CSD-970002; Sohier et al. (2021), arXiv 1807.09655, for Monte Carlo
+arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from conformance.precision import PrecisionProfile
+from conformance.sums import accumulation_scale
+from golden import FORMATS, Accumulation, Array
+from golden.formats import Format
+
+MARGIN = 1 / 16
+"""Share of a gap on either side of a value of the format from which nothing is rounded away.
+
+Plain stochastic rounding sends a value that lies 1e-5 gaps from a neighbour to the other one once
+in 1e5 draws: an error that rounding to nearest never makes, and that alone would set a limit.
+"""
+EXCESS = math.sqrt(1.0 + (1.0 - 2.0 * MARGIN) ** 2)
+"""Standard deviation of what the runs inject over that of rounding to nearest."""
+
+_SIGNIFICAND_BITS = 52
+_EXP_CELLS = 64
+"""Intervals of the significand within which an approximation of exp errs alike."""
+_ALL = 1 << 62
+"""Keys of a tile that holds all."""
+
+
+@dataclass(slots=True)
+class Dither:
+    """Observer that rounds each stored stage at random, at `EXCESS` times nearest's error.
+
+    Attributes:
+        profile: where to round, and to what.
+        rng: source of the randomness.
+        left: stages that get the other errors but are not rounded: their caller does that.
+    """
+
+    profile: PrecisionProfile
+    rng: np.random.Generator
+    left: frozenset[str] = frozenset()
+
+    def __call__(
+        self, stage: str, value: Array, accumulation: Accumulation | None = None, /
+    ) -> Array:
+        """Return the value with one random draw of the stage's errors."""
+        stored = self.profile.stores.get(stage)
+        if stored is None:
+            return value
+        if accumulation is not None and stored == self.profile.accumulation:
+            value = value + self._normal(
+                accumulation_scale(self.profile, stage, value, accumulation)
+            )
+        if stage == "exp" and self.profile.exp_ulps:
+            width = EXCESS * self.profile.exp_ulps * FORMATS[stored].ulp(value)
+            noise = self.rng.uniform(-1.0, 1.0, size=value.shape) * width
+            value = np.where(value == 0.0, 0.0, value + noise)
+        if stage in self.left:
+            return value
+        return FORMATS[stored].stochastic(value, self.rng, margin=MARGIN)
+
+    def _normal(self, scale: Array) -> Array:
+        return self.rng.standard_normal(scale.shape) * (EXCESS * scale)
+
+
+@dataclass(frozen=True, slots=True)
+class Nearest:
+    """Observer that rounds each stored stage to nearest: a correct subject of this profile.
+
+    Attributes:
+        profile: where to round, and to what.
+        tile: keys of a tile. A kernel with tiles stores unnormalised weights relative to the
+            largest score so far, and so between other neighbours; None is one relative to the
+            row's largest score or sink.
+        backwards: whether the last tile comes first.
+        rng: source of one function for the error of exp within `exp_ulps`; None is no error.
+    """
+
+    profile: PrecisionProfile
+    tile: int | None = None
+    backwards: bool = False
+    rng: np.random.Generator | None = None
+
+    def __call__(
+        self, stage: str, value: Array, accumulation: Accumulation | None = None, /
+    ) -> Array:
+        """Return the value rounded as the profile stores it."""
+        stored = self.profile.stores.get(stage)
+        if stored is None:
+            return value
+        if stage == "exp" and self.rng is not None:
+            value = value + self._approximation(value, self.rng) * FORMATS[stored].ulp(value)
+        if stage == "unnormalised_weights" and self.tile is not None:
+            return self._in_tiles(FORMATS[stored], value, self.tile)
+        return FORMATS[stored].nearest(value)
+
+    def _in_tiles(self, form: Format, weights: Array, tile: int) -> Array:
+        """Round weights relative to the largest one of their tile and those before it."""
+        ordered = weights[..., ::-1] if self.backwards else weights
+        rounded = np.empty_like(ordered)
+        largest = np.zeros((*weights.shape[:-1], 1))
+        for start in range(0, weights.shape[-1], tile):
+            part = ordered[..., start : start + tile]
+            largest = np.maximum(largest, part.max(axis=-1, keepdims=True))
+            reference = np.where(largest > 0, largest, 1.0)
+            rounded[..., start : start + tile] = form.nearest(part / reference) * reference
+        return rounded[..., ::-1] if self.backwards else rounded
+
+    def _approximation(self, exps: Array, rng: np.random.Generator) -> Array:
+        """Return the error of an approximation of exp, in ulps: a function of its argument.
+
+        Range reduction leaves the fractional part of the exponent to base 2, which is the
+        significand of the result: equal leading bits err alike, in every row.
+        """
+        errors = rng.uniform(-1.0, 1.0, size=_EXP_CELLS) * self.profile.exp_ulps
+        bits = np.ascontiguousarray(exps).view(np.uint64) >> np.uint64(_SIGNIFICAND_BITS - 6)
+        found: Array = errors[(bits & np.uint64(_EXP_CELLS - 1)).astype(np.intp)]
+        return np.where(exps == 0.0, 0.0, found)
+
+
+def nearest_runs(profile: PrecisionProfile, seed: int) -> Iterator[Nearest]:
+    """Yield correct subjects that round to nearest: a plain one, then three with a bias of theirs.
+
+    Those store unnormalised weights relative to the largest score so far, in tiles of 16 keys, of
+    64 keys from the last, and in one tile that leaves the sink out; and they compute exp by
+    approximations of their own.
+    """
+    yield Nearest(profile)
+    for count, (tile, backwards) in enumerate(((16, False), (64, True), (_ALL, False)), 1):
+        rng = np.random.Generator(np.random.SFC64([seed, count, 0]))
+        yield Nearest(profile, tile, backwards, rng)
