@@ -66,6 +66,8 @@ def directions(case: Case, inputs: Inputs, expected: Reference) -> Iterator[Dire
         for name, array in _biases(inputs).items():
             weights = {f"{name}_bias": array + _STEP}
             yield from moved(f"{name} bias", "", 1.0, 0.0, weights=weights)
+    if getattr(inputs, "lora", None) is not None:
+        yield from moved("LoRA scale", "%", 100.0, _CONSTANT, observe=_grown_lora)
     for output, values in exact.items():
         yield from output_shifts(case.dtype, output, values)
 
@@ -141,6 +143,11 @@ def _sinks(case: Case, inputs: Inputs, expected: Reference) -> Iterator[Directio
             columns = weights.o_proj[:, head * width : (head + 1) * width]
             moved = slope[:, head] @ columns.T
             yield Direction(f"sink of head {head}", "logit", "output", moved)
+
+
+def _grown_lora(stage: str, value: Array, accumulation: Accumulation | None = None, /) -> Array:
+    """Scale what adapters add to projections."""
+    return value * (1.0 + _STEP) if stage.endswith("_lora") else value
 
 
 @dataclass(slots=True, eq=False)

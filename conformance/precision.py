@@ -54,10 +54,14 @@ class PrecisionProfile:
         block_length: terms summed one after the other before partial sums are added; longer
             blocks mean larger errors. Modelled where the accumulation format is also what the
             stage stores, since a coarser store hides it.
+        few_rows: rows from which on a product with a matrix is cut into blocks; fewer take another
+            path, weights times values one key after the other.
         lanes: a projection of few rows may instead run along its whole length in this many
             interleaved partial sums, as the lanes of a vector unit do; the larger of the two
             errors is what is claimed (`conformance.sums`).
-        exp_ulps: error of exp beyond rounding, in ulps of the stage's format.
+        exp_ulps: error of exp, tanh, powers, sine and cosine beyond rounding, in ulps of the
+            stage's format.
+        operands: format that products round what they read to, as tensor cores do; empty for none.
     """
 
     name: str
@@ -65,14 +69,16 @@ class PrecisionProfile:
     stores: Mapping[str, str]
     accumulation: str = "float32"
     block_length: int = 256
+    few_rows: int = 4
     lanes: int = 4
     exp_ulps: float = 0.5
+    operands: str = ""
 
     def __post_init__(self) -> None:
         unknown = sorted(self.stores.keys() - set(_ALL_STAGES))
         if unknown:
             raise UsageError(f"stores must name stages of golden.STAGES, got {', '.join(unknown)}")
-        formats = {*self.stores.values(), self.accumulation}
+        formats = {*self.stores.values(), self.accumulation, self.operands or self.accumulation}
         if not formats <= FORMATS.keys():
             raise UsageError(
                 f"formats must be among {', '.join(FORMATS)}, got "
@@ -158,11 +164,76 @@ def sdpa(dtype: str) -> PrecisionProfile:
     )
 
 
+def token_generation(dtype: str) -> PrecisionProfile:
+    """A fused token-generation block: one pass over the cache and the new keys.
+
+    Scores stay in float32, weights are rounded unnormalised for their product with the values, and
+    that product is summed in float32 in blocks of 128 keys, the rows that a tile of the cache has
+    on a NeuronCore's partitions, whatever the number of queries.
+    """
+    return replace(
+        flash(dtype),
+        name=f"tkg-{dtype}",
+        reason="one pass over the cache: scores in float32, unnormalised weights in the model's "
+        "dtype, sums over blocks of 128 keys, one division at the end",
+        block_length=128,
+        few_rows=0,
+    )
+
+
+def nki(dtype: str) -> PrecisionProfile:
+    """A kernel for NeuronCores: products of the model's dtype summed in float32 in PSUM.
+
+    A matrix product takes 128 terms at a time and PSUM adds them up, so sums are blocks of 128.
+    The exponential is the activation engine's, whose accuracy is not published: 64 ulps of float32
+    are claimed, 2**-18, which shows in float32 alone and awaits a measurement on a device.
+    """
+    return replace(
+        token_generation(dtype),
+        name=f"nki-{dtype}",
+        reason="NeuronCore: products summed in float32 in blocks of 128, unnormalised weights in "
+        "the model's dtype, the activation engine's exponential to 64 ulps of float32",
+        exp_ulps=64.0,
+    )
+
+
+def tf32(dtype: str) -> PrecisionProfile:
+    """Float32 tensors whose products read them as TensorFloat-32; other dtypes fit it exactly.
+
+    Source: NVIDIA A100 whitepaper (2020): 10 fraction bits, the exponent of float32.
+    """
+    return replace(
+        flash(dtype),
+        name=f"tf32-{dtype}",
+        reason="online softmax whose products read float32 operands rounded to 10 fraction bits",
+        operands="tensorfloat32",
+    )
+
+
+def _float8_weights(name: str, form: str) -> Callable[[str], PrecisionProfile]:
+    def profile(dtype: str) -> PrecisionProfile:
+        claims = flash(dtype)
+        return replace(
+            claims,
+            name=f"{name}-{dtype}",
+            reason=f"online softmax whose weights are rounded to {form} for their product with "
+            "the values, as FP8 attention kernels do",
+            stores={**claims.stores, "unnormalised_weights": form},
+        )
+
+    return profile
+
+
 PROFILES: dict[str, Callable[[str], PrecisionProfile]] = {
     "eager": eager,
     "native": native,
     "flash": flash,
     "sdpa": sdpa,
+    "tkg": token_generation,
+    "nki": nki,
+    "tf32": tf32,
+    "flash-e4m3": _float8_weights("flash-e4m3", "float8_e4m3fn"),
+    "flash-e5m2": _float8_weights("flash-e5m2", "float8_e5m2"),
 }
 """Profiles by name; each takes the dtype of the subject's tensors."""
 

@@ -30,6 +30,8 @@ in 1e5 draws: an error that rounding to nearest never makes, and that alone woul
 EXCESS = math.sqrt(1.0 + (1.0 - 2.0 * MARGIN) ** 2)
 """Standard deviation of what the runs inject over that of rounding to nearest."""
 
+_FUNCTIONS = frozenset({"exp", "softcap_tanh", "rope_powers", "rope_cos", "rope_sin"})
+"""Stages that a library approximates, beyond rounding."""
 _SIGNIFICAND_BITS = 52
 _EXP_CELLS = 64
 """Intervals of the significand within which an approximation of exp errs alike."""
@@ -62,7 +64,7 @@ class Dither:
             value = value + self._normal(
                 accumulation_scale(self.profile, stage, value, accumulation)
             )
-        if stage == "exp" and self.profile.exp_ulps:
+        if stage in _FUNCTIONS and self.profile.exp_ulps:
             width = EXCESS * self.profile.exp_ulps * FORMATS[stored].ulp(value)
             noise = self.rng.uniform(-1.0, 1.0, size=value.shape) * width
             value = np.where(value == 0.0, 0.0, value + noise)

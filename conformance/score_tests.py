@@ -183,6 +183,8 @@ def score_tests(
         weights = (scaled / norm).astype(np.float32)
         parts = np.stack([row_parts(weights, inverse, error[part]) for error in errors[name]])
         spread, freedom = null_spread(parts[:runs], independent=independent_rows)
+        if repeats and covariance is not None:
+            spread = max(spread, 1.0)  # what repeats may do otherwise than the runs
         known = math.inf
         if bound is not None and freedom < _FEW:
             known = bound(np.asarray(weights * inverse[..., None], dtype=np.float64), part)

@@ -12,8 +12,11 @@ sum of the first `k` the mean `k m` and, since the last of them is known, the va
 Summed over the steps inside each of `n / b` blocks, and over the sums of blocks, this is, up to
 lower powers, `m**2 (n b**2 / 3 + n**3 / (3 b)) + w (n b / 2 - b**2 / 3 + n**2 / (6 b))`.
 
+Factors rounded before they are multiplied (`operands`) add the rounding errors of both to every
+term, two of variance `c u**2 t**2 / 3`.
+
 That is for terms of like size. An addition errs by no more than its smaller part, so a sum of one
-large term and many small ones errs by at most twice what is left of their sizes without it.
+large term and many small ones errs by no more than the small ones are, which may be lost in it.
 
 Source: Higham and Mary (2019), SIAM J. Sci. Comput. 41(5) A2815, for rounding errors as a random
 walk; Cochran (1977), Sampling Techniques, section 2.5, for sums of draws without replacement.
@@ -30,8 +33,8 @@ from golden import FORMATS, Accumulation, Array
 
 BINADE = 3.0 / (8.0 * math.log(2.0))
 """Mean of `(2**floor(log2 s) / s)**2` over a binade, evenly in the logarithm of `s`."""
-FEW_ROWS = 4
-"""Vectors from which on a product with a matrix is cut into blocks."""
+_STEPS = 16
+"""Tokens of a sequence that may be generated one after the other."""
 
 
 def accumulation_scale(
@@ -62,7 +65,10 @@ def accumulation_scale(
     variance = BINADE * form.unit_roundoff**2 * energy / 3
     scale: Array = np.where((n > 1) & (form.nearest(value) != value), np.sqrt(variance), 0.0)
     if accumulation.rest is not None:
-        scale = np.minimum(scale, 2 * np.maximum(accumulation.rest(), 0.0))
+        scale = np.minimum(scale, np.maximum(accumulation.rest(), 0.0))
+    if profile.operands and stage != "denominator":  # both factors of every product
+        unit = FORMATS[profile.operands].unit_roundoff
+        scale = np.sqrt(np.square(scale) + 2 * BINADE * unit**2 * squares / 3)
     return scale
 
 
@@ -76,10 +82,13 @@ def block_length(
     the lanes of a vector unit, which are blocks of `n / lanes` terms.
     """
     if stage == "attn":
-        few = shape[-2] < FEW_ROWS
+        few = shape[-2] < profile.few_rows
         return n if few else float(profile.block_length)
-    if stage.endswith(("_product", "_proj")) and math.prod(shape[:-1]) < FEW_ROWS:
-        return np.maximum(float(profile.block_length), np.asarray(n) / profile.lanes)
+    if stage.endswith(("_product", "_proj")):
+        # several tokens may be generated one after the other: a product then has a row a sequence
+        rows = shape[0] if shape[1] <= _STEPS else math.prod(shape[:-1])
+        if rows < profile.few_rows:
+            return np.maximum(float(profile.block_length), np.asarray(n) / profile.lanes)
     return float(profile.block_length)
 
 

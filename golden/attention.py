@@ -129,7 +129,7 @@ def attend(
         Accumulation(
             kv_len,
             lambda: _mix(np.square(weights), _squared(v), visible),
-            seen,
+            lambda: seen() if v.all() else _terms(np.broadcast_to(visible, weights.shape), v),
             lambda: _but_the_largest(weights, v),
         ),
     )
@@ -183,12 +183,21 @@ def grouped_matmul(rows: Array, columns: Array) -> Array:
     return (grouped @ columns).reshape(batch, heads, m, n)
 
 
+def _terms(visible: BoolArray, v: Array) -> Array:
+    """Count the visible values other than zero, which adds nothing, `(batch, heads, q_len, d)`."""
+    return grouped_matmul(visible.astype(np.float64), (v != 0).astype(np.float64))
+
+
 def _but_the_largest(weights: Array, v: Array) -> Array:
-    """Bound the sizes of weighted values without a row's largest weight."""
-    left = weights.sum(axis=-1, keepdims=True) - weights.max(axis=-1, keepdims=True, initial=0.0)
-    largest = np.abs(v).max(axis=2, keepdims=True, initial=0.0)
-    bound: Array = left * largest.repeat(weights.shape[1] // v.shape[1], axis=1)
-    return bound
+    """Return the root of the sum of squared terms without that of a row's largest weight."""
+    group = weights.shape[1] // v.shape[1]
+    heads = np.arange(weights.shape[1])[None, :, None] // group
+    foremost = weights.argmax(axis=-1)
+    value = v[np.arange(len(v))[:, None, None], heads, foremost]
+    weight = np.take_along_axis(weights, foremost[..., None], axis=-1)
+    rest = grouped_matmul(np.square(weights), np.square(v)) - np.square(weight * value)
+    root: Array = np.sqrt(np.maximum(rest, 0.0))
+    return root
 
 
 def _squared(v: Array) -> Array:

@@ -120,6 +120,7 @@ FORMATS: dict[str, Format] = {
     for form in (
         Format("float64", 53, -1022, float(np.finfo(np.float64).max)),
         Format("float32", 24, -126, float(np.finfo(np.float32).max)),
+        Format("tensorfloat32", 11, -126, (2.0 - 2.0**-10) * 2.0**127),
         Format("bfloat16", 8, -126, (2.0 - 2.0**-7) * 2.0**127),
         Format("float16", 11, -14, 65504.0),
         Format("float8_e4m3fn", 4, -6, 448.0),

@@ -91,9 +91,10 @@ class Accumulation:
         length: number of terms in each sum, masked ones included.
         squares: computes the sum of the squared terms, broadcastable to the value; called only by
             observers that need it, since it costs as much as the stage itself.
-        visible: computes the number of terms in each sum where masked ones are none, broadcastable
-            to the value; None is `length` everywhere.
-        rest: computes a bound on the sum of the terms' sizes without the largest; None is unknown.
+        visible: computes the number of terms in each sum where masked ones and zeros are none,
+            broadcastable to the value; None is `length` everywhere.
+        rest: computes how large the sum is likely to be without its largest term: the terms' sum
+            where all are positive, else the root of their sum of squares; None is unknown.
     """
 
     length: int

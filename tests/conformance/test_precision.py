@@ -27,7 +27,10 @@ def test_every_profile_builds_for_every_dtype_and_stores_its_output_there(
         assert profile.stores[stage] == "float32"
 
 
-@pytest.mark.parametrize("name", PROFILES)
+FLOAT8 = {"flash-e4m3": "float8_e4m3fn", "flash-e5m2": "float8_e5m2"}
+
+
+@pytest.mark.parametrize("name", [name for name in PROFILES if name not in FLOAT8])
 def test_in_float32_every_stage_is_stored_in_float32(name: str) -> None:
     stores = profile_named(name, "float32").stores
     assert set(stores.values()) == {"float32"}
@@ -65,3 +68,10 @@ def test_unknown_profile_is_refused_and_the_known_ones_are_named() -> None:
     known = re.escape(", ".join(PROFILES))
     with pytest.raises(UsageError, match=f"profile must be one of {known}, got 'exact'"):
         profile_named("exact", "bfloat16")
+
+
+@pytest.mark.parametrize(("name", "form"), FLOAT8.items())
+def test_float8_profiles_differ_from_flash_in_their_weights_alone(name: str, form: str) -> None:
+    flash = profile_named("flash", "bfloat16").stores
+    changed = {k: v for k, v in profile_named(name, "bfloat16").stores.items() if flash[k] != v}
+    assert changed == {"unnormalised_weights": form}

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from conformance.precision import PrecisionProfile, profile_named
-from conformance.sums import FEW_ROWS, accumulation_scale, block_length, partial_sums
+from conformance.sums import accumulation_scale, block_length, partial_sums
 from golden import Accumulation, Array
 
 SUMS = 20_000
+FEW_ROWS = profile_named("flash", "float32").few_rows
 
 
 def profile(block: int) -> PrecisionProfile:
@@ -138,7 +139,21 @@ def test_few_rows_are_claimed_to_sum_in_longer_blocks() -> None:
     claims = profile_named("flash", "float32")
     assert block_length(claims, "attn", (2, 8, FEW_ROWS - 1, 64), 4096.0) == 4096.0
     assert block_length(claims, "attn", (2, 8, FEW_ROWS, 64), 4096.0) == claims.block_length
-    few, many = (1, FEW_ROWS - 1, 512), (1, FEW_ROWS, 512)
+    few, many = (FEW_ROWS - 1, 1, 512), (1, 32, 512)
     assert block_length(claims, "o_product", few, 4096.0) == 4096 / claims.lanes
     assert block_length(claims, "o_product", many, 4096.0) == claims.block_length
     assert block_length(claims, "qk", (2, 8, 1, 4096), 128.0) == claims.block_length
+
+
+def test_a_large_term_among_small_ones_is_not_rounded_by_more_than_they_are() -> None:
+    p = np.array([1 - 63e-12, *[1e-12] * 63])
+    v = 1 + np.random.default_rng(0).random((64, 16))
+    exact = p @ v
+    sums = Accumulation(
+        64,
+        lambda: np.square(p) @ np.square(v),
+        rest=lambda: np.sqrt(np.square(p[1:]) @ np.square(v[1:])),
+    )
+    predicted = accumulation_scale(profile(64), "attn", exact[None], sums)
+    assert (predicted <= 1e-12 * math.sqrt(63) * 2).all()
+    assert predicted.any()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from conformance import expected, runner
 from conformance.cases import Case
-from conformance.error_model import ErrorScale, predict_scale
+from conformance.error_model import ErrorScale
 from conformance.expected import Inputs, Reference
 from conformance.precision import PrecisionProfile
 from conformance.subjects import CoreCall, LayerCall, LayerOutput, Subject, load_subject, subject
@@ -36,7 +36,8 @@ def shared_work() -> Iterator[None]:
     Inputs and golden outputs are kept for the latest case, predicted errors for all of them. The
     prediction reads the case (whose checksum is its seed) and the profile, never the subject.
     """
-    known: dict[tuple[str, int, int], Mapping[str, ErrorScale]] = {}
+    known: dict[tuple[str, str, int], Mapping[str, ErrorScale]] = {}
+    prediction = runner.predicted
     inputs_of = lru_cache(maxsize=1)(runner.inputs_of)
     latest: dict[Case, Reference] = {}
 
@@ -46,16 +47,15 @@ def shared_work() -> Iterator[None]:
             latest[case] = expected.reference(case, inputs)
         return latest[case]
 
-    def predict(*arguments: Any, seed: int, runs: int, **rest: Any) -> Mapping[str, ErrorScale]:
-        profile: PrecisionProfile = arguments[3]
-        key = (profile.name, seed, runs)
+    def predicted(
+        case: Case, inputs: Inputs, exact: Reference, profile: PrecisionProfile, *, runs: int
+    ) -> Mapping[str, ErrorScale]:
+        key = (profile.name, case.id, runs)
         if key not in known:
-            known[key] = predict_scale(*arguments, seed=seed, runs=runs, **rest)
+            known[key] = prediction(case, inputs, exact, profile, runs=runs)
         return known[key]
 
-    with mock.patch.multiple(
-        runner, inputs_of=inputs_of, reference=reference, predict_scale=predict
-    ):
+    with mock.patch.multiple(runner, inputs_of=inputs_of, reference=reference, predicted=predicted):
         yield
 
 
