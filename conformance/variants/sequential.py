@@ -6,6 +6,9 @@ the error model describes to the letter.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -24,18 +27,26 @@ def sequential(call: CoreCall) -> Tensor:
     weights = torch.exp(scores - top.masked_fill(top == float("-inf"), 0.0))
     v = per_query_head(call.v, call.q).float()
     stored = weights.to(call.v.dtype).float()
-    total = torch.zeros_like(top)
-    mixed = torch.zeros(*top.shape[:-1], v.shape[-1])
-    few = weights.shape[-2] < _CLAIMED.few_rows
-    block = weights.shape[-1] if few else _CLAIMED.block_length
-    for start in range(0, weights.shape[-1], block):
-        part_total, part_mixed = torch.zeros_like(total), torch.zeros_like(mixed)
-        for key in range(start, min(start + block, weights.shape[-1])):
-            part_total += weights[..., key : key + 1]
-            part_mixed += stored[..., key : key + 1] * v[:, :, key : key + 1]
-        total += part_total
-        mixed += part_mixed
+    keys, few = weights.shape[-1], weights.shape[-2] < _CLAIMED.few_rows
+    terms = (weights[..., key : key + 1] for key in range(keys))
+    total = _summed(terms, torch.zeros_like(top), _CLAIMED.block_length)
+    terms = (stored[..., key : key + 1] * v[:, :, key : key + 1] for key in range(keys))
+    start = torch.zeros(*top.shape[:-1], v.shape[-1])
+    mixed = _summed(terms, start, keys if few else _CLAIMED.block_length)
     return finished(call, Partial(mixed, total, top))
+
+
+def _summed(terms: Iterator[Tensor], zero: Tensor, block: int) -> Tensor:
+    """Add terms one after the other in blocks, then the blocks."""
+    total = zero.clone()
+    while True:
+        part, count = zero.clone(), 0
+        for term in itertools.islice(terms, block):
+            part += term
+            count += 1
+        if not count:
+            return total
+        total += part
 
 
 def _scores(call: CoreCall) -> Tensor:
