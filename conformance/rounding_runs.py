@@ -64,7 +64,8 @@ class Dither:
             value = value + self._normal(
                 accumulation_scale(self.profile, stage, value, accumulation)
             )
-        if stage in _FUNCTIONS and self.profile.exp_ulps:
+        # a coarser store hides what a function errs by beyond it
+        if stage in _FUNCTIONS and self.profile.exp_ulps and stored == self.profile.accumulation:
             width = EXCESS * self.profile.exp_ulps * FORMATS[stored].ulp(value)
             noise = self.rng.uniform(-1.0, 1.0, size=value.shape) * width
             value = np.where(value == 0.0, 0.0, value + noise)
