@@ -84,7 +84,8 @@ def parse_rope(tokens: Mapping[str, str]) -> RopeConfig | None:
 
 def _scaling(name: str, words: list[str]) -> RopeScaling:
     if name == "linear":
-        return LinearScaling(factor=parsed(*words))
+        (factor,) = map(parsed, words)
+        return LinearScaling(factor=factor)
     if name == "proportional":
         proportion, factor = map(parsed, words)
         return ProportionalScaling(proportion=proportion, factor=factor)

@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-import impl.attention_inputs
+import impl.attention_rotary
 from conformance.cases import Case
 from conformance.subjects import LayerCall, LayerOutput, subject
 from conformance.subjects.impl import attention_layer
@@ -50,7 +50,7 @@ def _rotate_neighbours(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[
 @planted
 def rope_interleaved(call: LayerCall) -> LayerOutput:
     """Layers of the half pairing rotate neighbouring channels instead."""
-    with mock.patch.object(impl.attention_inputs, "apply_rotary_pos_emb", _rotate_neighbours):
+    with mock.patch.object(impl.attention_rotary, "apply_rotary_pos_emb", _rotate_neighbours):
         return attention_layer(call)
 
 
