@@ -15,7 +15,13 @@ from impl.kv_cache import KeyValue
 from impl.masks import active_token_mask, context_encoding_mask, prior_mask, validity
 from impl.packing import PackedSequences, side_by_side
 from impl.parallel.token_order import Run
-from impl.slot_positions import NOWHERE, SlotLayout, first_positions, slot_positions
+from impl.slot_positions import (
+    NOWHERE,
+    ContiguousSlots,
+    SlotLayout,
+    first_positions,
+    slot_positions,
+)
 from impl.step import Phase, StepInputs
 from impl.strategy import Implementation, resolve_decode_kernel
 
@@ -80,6 +86,7 @@ class AttentionCore(AttentionSetup):
             q.shape[2],
             attention_mask is not None or self.prefill_rule.limited,
             explicit_mask=attention_mask is not None and attention_mask.dim() == 4,
+            trains=torch.is_grad_enabled() and q.requires_grad,
             device_type=q.device.type,
         )
         phase = self.parallel.prefill
@@ -151,6 +158,9 @@ class AttentionCore(AttentionSetup):
             has_attention_mask=False,
             explicit_mask=active_mask is not None,
             prior=True,
+            prior_in_order=attention_mask is None
+            and isinstance(cache_layout or self.cache_layout, ContiguousSlots),
+            trains=torch.is_grad_enabled() and q.requires_grad,
             device_type=q.device.type,
         )
         return prefill(

@@ -9,6 +9,7 @@ from torch import Tensor
 from impl.attention_inputs import AttentionInputs
 from impl.config import InferenceConfig
 from impl.kernels import PrefillRule, native
+from impl.kernels.nki import device_obstacle
 from impl.layer_options import LayerOptions
 from impl.sink import LearnedSink
 from impl.slot_positions import ContiguousSlots, LeftPaddedSlots, ShardSlots, SlotLayout
@@ -54,9 +55,10 @@ class AttentionSetup(AttentionInputs):
             sliding_window=options.sliding_window,
             attention_chunk_size=options.attention_chunk_size,
             padding_side=run.padding_side,
+            logical_nc_config=run.logical_nc_config,
         )
         self._init_sinks()
-        warn_of_unbound_kernels(run)
+        warn_of_unbound_kernels(run, attention_bound=device_obstacle() is None)
 
     def _default_layout(self) -> SlotLayout:
         if self.parallel.core_group.size > 1:
@@ -119,6 +121,8 @@ class AttentionSetup(AttentionInputs):
         *,
         explicit_mask: bool = False,
         prior: bool = False,
+        prior_in_order: bool = False,
+        trains: bool = False,
         device_type: str = "cpu",
     ) -> KernelChoice:
         """Kernel this layer selects for a prefill of `q_len`, and what computes it.
@@ -128,15 +132,27 @@ class AttentionSetup(AttentionInputs):
             has_attention_mask: whether the step is masked at all.
             explicit_mask: whether the caller gives a mask `(batch, 1, q_len, kv_len)`.
             prior: whether the step also sees cached keys.
+            prior_in_order: whether the cache holds position s in slot s, and all of it is seen.
+            trains: whether gradients will be asked for.
             device_type: where it runs.
         """
         plain = self.cp_degree == 1 and self.prefill_rule.plain(
             sink=self.learned_sinks is not None, explicit_mask=explicit_mask, prior=prior
         )
+        obstacle = self.prefill_rule.nki_obstacle(
+            head_dim=self.head_dim, dtype=self.torch_dtype, explicit_mask=explicit_mask
+        )
+        if prior and not prior_in_order:
+            obstacle = "attention_cte: cached keys are not one run from slot 0"
+        elif trains:
+            obstacle = "attention_cte: it has no backward here"
+        elif device_type == "neuron" and obstacle is None:
+            obstacle = device_obstacle()
         return resolve_kernel(
             self.get_flash_attention_strategy(q_len, has_attention_mask),
             q_len=q_len,
             plain=plain,
             device_type=device_type,
             attn_kernel_enabled=self.neuron_config.attn_kernel_enabled,
+            nki_obstacle=obstacle,
         )

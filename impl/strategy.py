@@ -55,6 +55,8 @@ class Implementation(Enum):
     """PyTorch's own fused attention: causal or full, without sinks, softcap or limits."""
     FLASH = "flash"
     """The streamed torch form: everything, a tile of scores at a time."""
+    NKI = "nki"
+    """nki-library's `attention_cte`: bfloat16 heads of at most 128, causal or full."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,13 +164,15 @@ def _with_context_parallelism(
     return FlashAttentionStrategy.STRIDED_CONTEXT_PARALLEL_KERNEL
 
 
-def warn_of_unbound_kernels(run: NeuronConfig) -> None:
+def warn_of_unbound_kernels(run: NeuronConfig, *, attention_bound: bool = False) -> None:
     """Log which kernels were asked for and are replaced by torch forms of the same function.
 
     Args:
         run: how the layer is run.
+        attention_bound: the prefill kernel can be had here.
     """
-    asked = [name for name in KERNEL_FIELDS if getattr(run, name)]
+    bound = {"attn_kernel_enabled"} if attention_bound else set()
+    asked = [name for name in KERNEL_FIELDS if getattr(run, name) and name not in bound]
     if asked:
         logger.warning("no NKI kernel is bound: torch forms run for %s", asked)
 
@@ -180,6 +184,7 @@ def resolve_kernel(
     plain: bool,
     device_type: str = "cpu",
     attn_kernel_enabled: bool | None = None,
+    nki_obstacle: str | None = "no NKI kernel was asked for",
 ) -> KernelChoice:
     """Say what computes a prefill for which `strategy` was selected.
 
@@ -189,6 +194,7 @@ def resolve_kernel(
         plain: causal or full attention and nothing else (`PrefillRule.plain`).
         device_type: where it runs.
         attn_kernel_enabled: False keeps to the native form.
+        nki_obstacle: why nki-library's kernel cannot compute it, or cannot be had; None if it can.
 
     Returns:
         The first that fits:
@@ -198,6 +204,7 @@ def resolve_kernel(
         | `attn_kernel_enabled` is False | NATIVE |
         | no strategy, q_len < NATIVE_LENGTHS | NATIVE |
         | plain, on cpu or cuda | SDPA |
+        | a strategy, on neuron, no `nki_obstacle` | NKI |
         | otherwise | FLASH |
     """
     if attn_kernel_enabled is False:
@@ -210,7 +217,12 @@ def resolve_kernel(
         )
     if plain and device_type in SDPA_DEVICES:
         return _choice(strategy, Implementation.SDPA, "PyTorch's fused attention can express it")
-    return _choice(strategy, Implementation.FLASH, "the streamed torch form serves every case")
+    reason = "the streamed torch form serves every case"
+    if device_type == "neuron" and strategy is not FlashAttentionStrategy.NONE:
+        if nki_obstacle is None:
+            return _choice(strategy, Implementation.NKI, "nki-library's attention_cte serves it")
+        reason = f"{reason}; {nki_obstacle}"
+    return _choice(strategy, Implementation.FLASH, reason)
 
 
 def resolve_decode_kernel(cache_len: int, device_type: str = "cpu") -> Implementation:

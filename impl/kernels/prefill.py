@@ -18,6 +18,8 @@ from impl.errors import ConfigError, explain
 from impl.kernels import native
 from impl.kernels.flash import flash_attention
 from impl.kernels.native import ScoreRule
+from impl.kernels.nki import attention_cte
+from impl.kernels.nki_arguments import attention_cte_obstacle
 from impl.masks import as_bool, context_encoding_mask, visible
 from impl.strategy import Implementation
 
@@ -49,6 +51,7 @@ class PrefillRule:
         padding_side: side of a row that holds its padding, "right" or "left".
         q_offset: place of the first query among the step's tokens (context parallelism).
         q_stride: tokens from one query to the next (its strided layout).
+        logical_nc_config: physical cores that an NKI kernel is launched on.
     """
 
     score: ScoreRule
@@ -57,6 +60,7 @@ class PrefillRule:
     padding_side: str = "right"
     q_offset: int = 0
     q_stride: int = 1
+    logical_nc_config: int = 1
 
     @property
     def limited(self) -> bool:
@@ -68,6 +72,19 @@ class PrefillRule:
         extras = sink or explicit_mask or prior or self.limited or self.score.softcap is not None
         moved = self.q_offset != 0 or self.q_stride != 1
         return not extras and not moved and self.padding_side == "right"
+
+    def nki_obstacle(
+        self, *, head_dim: int, dtype: torch.dtype, explicit_mask: bool = False
+    ) -> str | None:
+        """Why nki-library's kernel cannot compute this, in words; None if it can."""
+        return attention_cte_obstacle(
+            head_dim=head_dim,
+            dtype=dtype,
+            softcap=self.score.softcap,
+            attention_chunk_size=self.attention_chunk_size,
+            padding_side=self.padding_side,
+            explicit_mask=explicit_mask,
+        )
 
 
 def prefill(
@@ -103,6 +120,7 @@ def prefill(
 
     Raises:
         ConfigError: the implementation cannot express the rule.
+        DeviceError: it is NKI, and no NKI kernel runs here.
         ShapeError: a tensor that does not fit.
     """
     keys_at = position_ids if kv_position_ids is None else kv_position_ids
@@ -134,6 +152,15 @@ def prefill(
         heads = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=by_position, scale=1.0 / rule.score.divisor, enable_gqa=True
         )
+    elif implementation is Implementation.NKI:
+        obstacle = rule.nki_obstacle(
+            head_dim=q.shape[3], dtype=q.dtype, explicit_mask=mask is not None
+        )
+        if obstacle is not None:
+            raise ConfigError(
+                explain("implementation", "be able to express the layer", "nki", obstacle)
+            )
+        heads = _nki(q, k, v, rule, sink, keys_at, by_position, prior)
     else:
         heads = _flash(q, k, v, rule, sink, mask, keys_at, by_position, prior)
     return heads.masked_fill((position_ids < 0)[:, None, :, None], 0.0) if by_position else heads
@@ -204,6 +231,43 @@ def _flash(
         q_offset=rule.q_offset,
         q_stride=rule.q_stride,
         mask=mask,
+        **cached,
+    )
+
+
+def _nki(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: PrefillRule,
+    sink: Tensor | None,
+    keys_at: Tensor,
+    by_position: bool,
+    prior: PriorKeys | None,
+) -> Tensor:
+    cached: dict[str, Any] = {}
+    if prior is not None:
+        # a second promise: slot s holds position s, and the step follows the last of them
+        index = torch.arange(prior.positions.shape[1], device=q.device)
+        held = prior.positions >= 0
+        used = held.sum(dim=1)
+        moved = torch.where(held, prior.positions, -1) != torch.where(
+            index < used[:, None], index, -1
+        )
+        broken = moved.any(dim=1) | (keys_at[:, 0] != used)
+        v = v.masked_fill(broken[:, None, None, None], float("nan"))
+        cached = {"k_prior": prior.k, "v_prior": prior.v, "prior_lengths": used}
+    return attention_cte(
+        q,
+        k,
+        v,
+        divisor=rule.score.divisor,
+        sink=sink,
+        causal=by_position,
+        sliding_window=rule.sliding_window,
+        q_offset=rule.q_offset,
+        q_stride=rule.q_stride,
+        logical_nc_config=rule.logical_nc_config,
         **cached,
     )
 
