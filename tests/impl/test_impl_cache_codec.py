@@ -40,7 +40,7 @@ def nearest(x: float, bits: int, least_exponent: int) -> float:
     return round(x / unit) * unit
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(x=st.floats(-400, 400, width=32))
 def test_a_direct_cast_rounds_to_nearest_even(x: float) -> None:
     for stored, bits, least in ((E4M3, 4, -6), (E5M2, 3, -14)):

@@ -26,7 +26,7 @@ def test_every_cache_holds_what_was_written_by_position(kind: Kind) -> None:
 
 
 @every_kind
-@settings(max_examples=12)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_no_schedule_loses_or_mixes_tokens(kind: Kind, data: st.DataObject) -> None:
     served = Served(kind, seed=data.draw(st.integers(0, 99)))

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from impl.errors import ConfigError, ShapeError
@@ -50,6 +50,7 @@ def replayed(layout: SlotLayout, cached: int, slots: int) -> list[int]:
 
 
 @pytest.mark.parametrize(("layout", "slots"), LAYOUTS.values(), ids=LAYOUTS)
+@settings(deadline=None)
 @given(cached=st.lists(st.integers(0, 48), min_size=1, max_size=4))
 def test_slots_hold_what_was_written_there_last(
     layout: SlotLayout, slots: int, cached: list[int]
@@ -93,6 +94,7 @@ def test_positions_beyond_16384_are_exact() -> None:
     assert slot_positions(ShardSlots(1, 8), first, 8751).max() == 69_993
 
 
+@settings(deadline=None)
 @given(
     window=st.integers(1, 6),
     drafts=st.integers(1, 4),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reports.formatting import count, cut, duration, exact, flatten, number, ratio, setting
@@ -50,6 +50,7 @@ def test_ratio_is_short(value: float, text: str) -> None:
     assert ratio(value) == text
 
 
+@settings(deadline=None)
 @given(st.floats(min_value=0, max_value=1e6))
 def test_ratio_never_crosses_the_limit_by_rounding(value: float) -> None:
     text = ratio(value).rstrip("×")
