@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from conformance.precision import PrecisionProfile
-from conformance.sums import accumulation_scale
+from conformance.sums import accumulation_error
 from golden import FORMATS, Accumulation, Array
 from golden.formats import Format
 
@@ -61,9 +61,8 @@ class Dither:
         if stored is None:
             return value
         if accumulation is not None and stored == self.profile.accumulation:
-            value = value + self._normal(
-                accumulation_scale(self.profile, stage, value, accumulation)
-            )
+            error = accumulation_error(self.profile, stage, value, accumulation, self.rng)
+            value = value + EXCESS * error
         # a coarser store hides what a function errs by beyond it
         if stage in _FUNCTIONS and self.profile.exp_ulps and stored == self.profile.accumulation:
             width = EXCESS * self.profile.exp_ulps * FORMATS[stored].ulp(value)

@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from conformance.precision import PrecisionProfile, profile_named
-from conformance.sums import accumulation_scale, block_length, partial_sums
+from conformance.sums import (
+    accumulation_error,
+    accumulation_scale,
+    block_length,
+    partial_sums,
+)
 from golden import Accumulation, Array
 
 SUMS = 20_000
@@ -157,3 +162,23 @@ def test_a_large_term_among_small_ones_is_not_rounded_by_more_than_they_are() ->
     predicted = accumulation_scale(profile(64), "attn", exact[None], sums)
     assert (predicted <= 1e-12 * math.sqrt(63) * 2).all()
     assert predicted.any()
+
+
+@pytest.mark.parametrize(("length", "block"), [(256, 256), (512, 64)])
+@pytest.mark.parametrize("mean", [0.0, 0.1])
+def test_drawn_errors_have_the_tails_of_measured_ones(length: int, block: int, mean: float) -> None:
+    rng = np.random.default_rng(length)
+    terms = (mean + rng.standard_normal((3 * SUMS, length))).astype(np.float32).astype(np.float64)
+    exact, sums = terms.sum(axis=-1), accumulation(terms)
+    measured = float32_sum(terms, block) - exact
+    scale = accumulation_scale(profile(block), "denominator", exact, sums)
+    drawn = accumulation_error(profile(block), "denominator", exact, sums, rng)
+    rounded = scale > 0.0
+    found = [x[rounded] / scale[rounded] for x in (measured, drawn)]
+    tails = [float(np.mean((z / rms(z)) ** 4)) for z in found]
+    # the fourth power of a variable of kurtosis 5 has a spread of some 20: 60,000 know it to 0.1
+    assert tails[1] == pytest.approx(tails[0], rel=0.12)
+    # 12 % in the kurtosis is 1 % in the limit of a largest of 10**5
+    assert rms(found[1]) == pytest.approx(1.0, rel=0.01)
+    if block == length:
+        assert tails[0] > 3.5, "normal errors of one size would have 3"
