@@ -8,6 +8,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+from scipy.stats import chi2
 
 from conformance.cases import DTYPES, Case, Workload
 from conformance.core_covariance import CoreCovariance, core_covariance
@@ -155,9 +156,10 @@ def test_the_bound_of_a_projection_is_not_below_its_spread_in_the_runs() -> None
     case = case_of(layer(learned_sinks_size=1), DECODE, "bfloat16", "gaussian")
     for test in judged(case).scale("flash", FEW_RUNS)["output"].score_tests:
         assert math.isfinite(test.bound)  # 8 rows a batch row: few degrees of freedom
-        # the bound takes the low end of each binade, 1.36 times the mean of one; the spread is
-        # known to 1 / sqrt(2 * 64) = 9 % from 8 runs of 8 rows
-        assert 0.7 <= test.bound / test.spread <= 2.0
+        # The bound takes the low end of each binade, 1 to 1.36 times the mean of one; the square
+        # of the spread is chi-squared of so many degrees of freedom, here to one in 10**4 a side.
+        low, high = (chi2.ppf(tail, test.freedom) / test.freedom for tail in (1e-4, 1 - 1e-4))
+        assert 1 / math.sqrt(high) <= test.bound / test.spread <= 1.36 / math.sqrt(low)
 
 
 def test_limits_of_means_are_passed_as_seldom_as_they_say() -> None:
