@@ -50,7 +50,10 @@ def test_a_slice_of_the_rows_is_weighed_as_within_all() -> None:
     rows, _ = some_covariance()
     error = RNG.standard_normal((*SHAPE, WIDTH))
     part = (slice(None), slice(1, 3))
-    np.testing.assert_allclose(rows.part(part).weighed(error[part]), rows.weighed(error)[part])
+    wanted = rows.weighed(error)[part]
+    # the same elimination over fewer rows, in another order at most: the bound of the test above
+    bound = 1e4 * 1000 * 2.0**-53 * np.abs(wanted).max()
+    assert np.abs(rows.part(part).weighed(error[part]) - wanted).max() <= bound
 
 
 def test_errors_of_the_covariance_are_standardised() -> None:
@@ -158,6 +161,7 @@ def test_the_bound_of_a_projection_is_not_below_its_spread_in_the_runs() -> None
         assert math.isfinite(test.bound)  # 8 rows a batch row: few degrees of freedom
         # The bound takes the low end of each binade, 1 to 1.36 times the mean of one; the square
         # of the spread is chi-squared of so many degrees of freedom, here to one in 10**4 a side.
+        # A bound of half or of twice its size fails, in three and four of the seven projections.
         low, high = (chi2.ppf(tail, test.freedom) / test.freedom for tail in (1e-4, 1 - 1e-4))
         assert 1 / math.sqrt(high) <= test.bound / test.spread <= 1.36 / math.sqrt(low)
 
