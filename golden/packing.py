@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from golden.arrays import Positions
-from golden.caches.held import Cache, seated
+from golden.caches.held import Cache, Held, seated
 from golden.config import AttentionConfig
 from golden.errors import ConfigError, ShapeError
 from golden.heads import layer_heads, project_qkv
@@ -84,6 +84,24 @@ class Packing:
             table[row, :new] = np.arange(every - new, every)
         return table
 
+    def in_row(self, seated: Positions, q_len: int) -> tuple[Positions, Positions]:
+        """Return position and sequence of each token of a row, `(1, q_len)`; -1 for padding.
+
+        Args:
+            seated: `rows`, with those of sequences that have no place in a cache set to -1.
+            q_len: tokens of the row, padding behind the last sequence included.
+        """
+        pads = ((0, 0), (0, q_len - self.q_positions.shape[1]))
+        positions = np.pad(seated[self.rows >= 0][None], pads, constant_values=-1)
+        return positions, np.pad(self.q_segments, pads, constant_values=-1)
+
+    def by_sequence(self, row: Array) -> Array:
+        """Turn a row's `(1, heads, q_len, head_dim)` into `(sequences, heads, rows, head_dim)`."""
+        columns = np.cumsum([0, *self.query_lens])[:-1, None] + np.arange(self.rows.shape[1])
+        columns = np.where(self.rows >= 0, columns, 0)
+        cut: Array = row[0][:, columns].swapaxes(0, 1)
+        return cut
+
 
 def packed_forward(
     config: AttentionConfig,
@@ -123,52 +141,69 @@ def packed_forward(
     Source: Agrawal et al. (2023), SARATHI, arXiv 2308.16369; neuronx-distributed-inference's
     chunked prefill (`query_lens`, `key_lens`).
     """
+    packing = Packing(tuple(query_lens), tuple(key_lens))
+    projected = project_qkv(config, weights, hidden_states)
+    check_row(config, packing, projected.q.shape[:2])
+    rows = seated(cache, packing.rows, seq_ids)
+    positions, segments = packing.in_row(rows, projected.q.shape[1])
+    q, k, v = layer_heads(config, weights, projected, positions, observe)
+    prior, prior_segments = side_by_side(cache.prior(packing.rows, seq_ids=seq_ids))
+    keys = prior.and_active(k, v, positions)
+    output = attend_and_project(
+        config,
+        weights,
+        q,
+        keys.k,
+        keys.v,
+        positions,
+        keys.positions,
+        layer_mask(config)
+        & SameSegment(segments, np.concatenate([prior_segments, segments], axis=1)),
+        observe,
+    )
+    written = cache.write(
+        packing.by_sequence(k), packing.by_sequence(v), packing.rows, seq_ids=seq_ids
+    )
+    return ForwardResult(output, written)
+
+
+def check_row(config: AttentionConfig, packing: Packing, shape: tuple[int, ...]) -> None:
+    """Require that a row can hold packed sequences.
+
+    Args:
+        config: the layer.
+        packing: the sequences.
+        shape: `(batch, q_len)` of the row.
+
+    Raises:
+        ShapeError: there are several rows, or too few tokens.
+        ConfigError: RoPE is scaled by the length of the row.
+    """
     scaling = None if config.rope is None else config.rope.scaling
     if isinstance(scaling, (DynamicNTKScaling, LongRopeScaling)) and not scaling.seq_len:
         raise ConfigError(
             "packed sequences share a row, whose length would scale their RoPE together; set the "
             "scaling's seq_len"
         )
-    packing = Packing(tuple(query_lens), tuple(key_lens))
-    projected = project_qkv(config, weights, hidden_states)
-    padding = projected.q.shape[1] - packing.q_positions.shape[1]
-    if projected.q.shape[0] != 1 or padding < 0:
+    if shape[0] != 1 or shape[1] < sum(packing.query_lens):
         raise ShapeError(
-            f"hidden_states must be one row of at least {sum(query_lens)} tokens, got "
-            f"{projected.q.shape[:2]}"
+            f"hidden_states must be one row of at least {sum(packing.query_lens)} tokens, got "
+            f"{shape}"
         )
-    pads = ((0, 0), (0, padding))
-    rows = seated(cache, packing.rows, seq_ids)
-    positions = np.pad(rows[packing.rows >= 0][None], pads, constant_values=-1)
-    segments = np.pad(packing.q_segments, pads, constant_values=-1)
-    q, k, v = layer_heads(config, weights, projected, positions, observe)
-    prior = cache.prior(packing.rows, seq_ids=seq_ids)
-    flat = _side_by_side(prior.k), _side_by_side(prior.v), prior.positions.reshape(1, -1)
-    prior_segments = np.repeat(np.arange(len(packing.key_lens)), prior.positions.shape[1])[None]
-    output = attend_and_project(
-        config,
-        weights,
-        q,
-        np.concatenate([flat[0], k], axis=2),
-        np.concatenate([flat[1], v], axis=2),
-        positions,
-        np.concatenate([flat[2], positions], axis=1),
-        layer_mask(config)
-        & SameSegment(segments, np.concatenate([prior_segments, segments], axis=1)),
-        observe,
-    )
-    columns = np.cumsum([0, *packing.query_lens])[:-1, None] + np.arange(packing.rows.shape[1])
-    columns = np.where(packing.rows >= 0, columns, 0)
-    written = cache.write(
-        k[0][:, columns].swapaxes(0, 1),
-        v[0][:, columns].swapaxes(0, 1),
-        packing.rows,
-        seq_ids=seq_ids,
-    )
-    return ForwardResult(output, written)
 
 
-def _side_by_side(x: Array) -> Array:
-    """Turn `(sequences, heads, slots, head_dim)` into `(1, heads, sequences * slots, head_dim)`."""
+def side_by_side(prior: Held) -> tuple[Held, Positions]:
+    """Lay what each sequence has cached along one row, and say whose each slot is.
+
+    Returns:
+        Keys and values `(1, heads, sequences * slots, head_dim)` with their positions, and the
+        sequence of each slot, `(1, sequences * slots)`.
+    """
+    sequences, slots = prior.positions.shape
+    flat = Held(_flat(prior.k), _flat(prior.v), prior.positions.reshape(1, -1))
+    return flat, np.repeat(np.arange(sequences), slots)[None]
+
+
+def _flat(x: Array) -> Array:
     packed: Array = x.swapaxes(0, 1).reshape(1, x.shape[1], x.shape[0] * x.shape[2], x.shape[3])
     return packed

@@ -1,8 +1,9 @@
 """A layer on many ranks, simulated exactly in one process.
 
-`shard` cuts a layer for the ranks of a mesh, `encode_sharded` and `generate_sharded` run golden on
-every rank's part and join the results with simulated collectives. The result of every rank is that
-of the whole layer to float64 roundoff, and any stage of any rank can be asked for.
+`shard` cuts a layer for the ranks of a mesh; `encode_sharded`, `encode_packed_sharded` and
+`generate_sharded` run golden on every rank's part and join the results with simulated collectives.
+The result of every rank is that of the whole layer to float64 roundoff, and any stage of any rank
+can be asked for.
 """
 
 from golden.sharding.collectives import (
@@ -30,6 +31,7 @@ from golden.sharding.observers import (
     RankObserver,
     unobserved_ranks,
 )
+from golden.sharding.packed import encode_packed_sharded
 from golden.sharding.parallelism import Parallelism
 from golden.sharding.placement import Placement, heads_written, place_ranks
 from golden.sharding.prefill import encode_sharded
@@ -63,6 +65,7 @@ __all__ = [
     "all_reduce",
     "all_to_all",
     "core_cache",
+    "encode_packed_sharded",
     "encode_sharded",
     "generate_sharded",
     "head_layout",

@@ -13,6 +13,8 @@ COLLECTIVE_STAGES: dict[str, str] = {
     "hidden_gathered": "hidden states that the rank's projections read, (batch, q_len, hidden)",
     "k_gathered": "keys of the whole prompt for the rank's heads, in order, BHSD",
     "v_gathered": "values likewise",
+    "k_prior": "cached keys that a prefill reads, of the rank's prefill heads and every row, BHSD",
+    "v_prior": "values likewise",
     "q_gathered": "queries of the ranks that share a key/value head in flash decoding, BHSD",
     "attn_merged": "outputs of the rank's heads after joining partial ones by logsumexp, BHSD",
     "attn_gathered": "outputs of the rank's heads for the whole prompt, in order, BHSD",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,15 +12,32 @@ from golden.caches.held import Cache, Held
 from golden.errors import ShapeError
 from golden.lora import Lora
 from golden.sharding.collectives import all_gather, over_groups
-from golden.sharding.context_attention import attended_ranks
+from golden.sharding.context_attention import Segments, attended_ranks
 from golden.sharding.head_layout import PADDING, Heads
 from golden.sharding.layer import RankStage, ShardedLayer, ShardedResult
 from golden.sharding.observers import RankObserver, unobserved_ranks
 from golden.sharding.output import output_shares, reduced_output
+from golden.sharding.prior import data_parallel_rows, gathered_prior
 from golden.sharding.rank_heads import RankHeads, heads_of_ranks, local_rows, rotary_part
 from golden.sharding.rules import check_prefill
 from golden.sharding.tokens import TokenPlan, Tokens, places_of, token_plan
 from golden.stages import Array, Observer
+
+
+class Encoded(NamedTuple):
+    """What ranks computed of a prefill, not yet cached.
+
+    Attributes:
+        outputs: by rank, of the tokens it returns.
+        keys: by rank, keys and values of all tokens, in order, of its prefill heads.
+        tokens: by rank, the tokens it returns.
+        residuals: see `ShardedResult`.
+    """
+
+    outputs: tuple[Array, ...]
+    keys: list[Held]
+    tokens: tuple[Tokens, ...]
+    residuals: tuple[Array, ...] | None
 
 
 def encode_sharded(
@@ -34,19 +51,21 @@ def encode_sharded(
     lora: Lora | None = None,
     observe: RankObserver = unobserved_ranks,
 ) -> ShardedResult[Any]:
-    """Encode a prompt on every rank.
+    """Encode a prompt on every rank: the whole, or what follows a prefix that the caches hold.
 
-    D23: the ranks' outputs are those of `golden.context_encoding`, to the roundoff of sums in
-        another order: partial sums of a row, and with a ring partial softmaxes.
+    D23: the ranks' outputs are those of `golden.forward`, to the roundoff of sums in another
+        order: partial sums of a row, and with a ring partial softmaxes. Over empty caches that is
+        `golden.context_encoding`; over cached keys (D27) it is prefix-cached prefill, or a window
+        of a prompt.
 
     Args:
         layer: cut by `shard`.
         hidden_states: `(batch, q_len, hidden_size)`, whole and in order; each rank is given its
             part.
         position_ids: `(batch, q_len)`, int; -1 marks padding.
-        caches: by rank, to write to; None makes contiguous ones just long enough.
-        seq_ids: `(batch,)`, int, the cache row of each batch row over all data-parallel ranks;
-            None takes rows in order.
+        caches: by rank, to read and to write to; None makes contiguous ones just long enough.
+        seq_ids: `(batch,)`, int, the cache row of each batch row over all data-parallel ranks; an
+            id outside of all makes the row idle. None takes rows in order.
         rotary_position_ids: positions for RoPE alone; None takes `position_ids`.
         lora: adapters of the whole layer, None for none.
         observe: gives each rank an observer.
@@ -58,27 +77,88 @@ def encode_sharded(
     Source: neuronx-distributed-inference, `standard_causal_attention_forward` and
     `chunked_attention_with_context_parallel_forward`.
     """
-    config, stage = layer.config, layer.prefill
     hidden = as_float64(
-        "hidden_states", hidden_states, (None, None, config.input_size), "(batch, q_len, hidden)"
+        "hidden_states",
+        hidden_states,
+        (None, None, layer.config.input_size),
+        "(batch, q_len, hidden)",
     )
     batch, q_len = hidden.shape[:2]
     positions = as_positions("position_ids", position_ids, (batch, q_len))
-    check_prefill(config, layer.parallelism, batch=batch, q_len=q_len)
-    ranks = range(stage.mesh.world_size)
-    plan, observers = token_plan(config, layer.parallelism, q_len), [observe(r) for r in ranks]
+    # where ids say which rank keeps a row, the batch need not be cut evenly
+    check_prefill(
+        layer.config, layer.parallelism, batch=batch if seq_ids is None else None, q_len=q_len
+    )
     if caches is None:
         longest = int(positions.max(initial=0)) + 1
         caches = layer.empty_caches(batch=batch, max_length=longest)
-    if len(caches) != len(ranks):
-        raise ShapeError(f"caches must be one per rank, {len(ranks)}, got {len(caches)}")
+    check_caches(layer, caches)
+    owned = data_parallel_rows(layer, caches, seq_ids, batch) >= 0
+    positions = np.where(owned[:, None], positions, -1)
+    observers = [observe(rank) for rank in range(len(caches))]
+    encoded = encode_tokens(
+        layer,
+        hidden,
+        positions,
+        observers,
+        rotary_position_ids=rotary_position_ids,
+        lora=lora,
+        prior=gathered_prior(layer, caches, positions, seq_ids, observers),
+    )
+    written = tuple(
+        cache.write(
+            cached_heads(encoded.keys[r].k, layer.written[r]),
+            cached_heads(encoded.keys[r].v, layer.written[r]),
+            positions,
+            seq_ids=local_rows(seq_ids, batch, layer.decode.mesh.row_of(r), cache.rows),
+        )
+        for r, cache in enumerate(caches)
+    )
+    return ShardedResult(encoded.outputs, encoded.tokens, written, encoded.residuals)
 
+
+def check_caches(layer: ShardedLayer, caches: Sequence[Cache]) -> None:
+    """Require a cache per rank.
+
+    Raises:
+        ShapeError: there are more or fewer.
+    """
+    ranks = layer.prefill.mesh.world_size
+    if len(caches) != ranks:
+        raise ShapeError(f"caches must be one per rank, {ranks}, got {len(caches)}")
+
+
+def encode_tokens(
+    layer: ShardedLayer,
+    hidden: Array,
+    positions: Positions,
+    observers: Sequence[Observer],
+    *,
+    rotary_position_ids: Any = None,
+    lora: Lora | None = None,
+    prior: Sequence[Held] | None = None,
+    segments: Segments | None = None,
+) -> Encoded:
+    """Compute a prefill on every rank and write nothing.
+
+    Args:
+        layer: the layer.
+        hidden: `(batch, q_len, hidden_size)`, whole and in order.
+        positions: `(batch, q_len)`, int64; -1 for padding.
+        observers: by rank.
+        rotary_position_ids: see `encode_sharded`.
+        lora: see `encode_sharded`.
+        prior: by rank, cached keys of its prefill heads; None for none.
+        segments: of a packed row; None where a row is one sequence.
+    """
+    stage, ranks = layer.prefill, range(len(observers))
+    plan = token_plan(layer.config, layer.parallelism, hidden.shape[1])
     given = [hidden[:, tokens] for tokens in plan.given]
     arrived, of_tokens = _gathered(plan, given)
     read = [_select(arrived[r], of_tokens[r], plan.queries[r]) for r in ranks]
     read = [observers[r]("hidden_gathered", read[r]) for r in ranks]
     every_row = slice(None)
-    loras = [stage.lora(config, lora, r) for r in ranks]
+    loras = [stage.lora(layer.config, lora, r) for r in ranks]
     heads = heads_of_ranks(
         layer,
         stage,
@@ -89,22 +169,15 @@ def encode_sharded(
         observers,
     )
     keys = _gathered_keys(stage, heads, plan, positions, observers)
-    attended = attended_ranks(layer, heads, keys, plan, positions, observers)
+    attended = attended_ranks(
+        layer, heads, keys, plan, positions, observers, prior=prior, segments=segments
+    )
     output = _projected(layer, attended, plan, loras, read, observers)
     outputs = tuple(observers[r]("returned", output[r]) for r in ranks)
     residuals = None
     if layer.parallelism.interleave in ("after_global", "between"):
         residuals = tuple(_select(arrived[r], of_tokens[r], plan.returned[r]) for r in ranks)
-    written = tuple(
-        cache.write(
-            _cached(keys[r].k, layer.written[r]),
-            _cached(keys[r].v, layer.written[r]),
-            positions,
-            seq_ids=local_rows(seq_ids, batch, layer.decode.mesh.row_of(r), cache.rows),
-        )
-        for r, cache in enumerate(caches)
-    )
-    return ShardedResult(outputs, plan.returned, written, residuals)
+    return Encoded(outputs, keys, plan.returned, residuals)
 
 
 def _select(value: Array, among: Tokens, wanted: Tokens, axis: int = 1) -> Array:
@@ -179,7 +252,7 @@ def _projected(
     return [_select(output[rank], tokens[rank], plan.returned[rank]) for rank in range(len(tokens))]
 
 
-def _cached(value: Array, heads: Heads) -> Array:
+def cached_heads(value: Array, heads: Heads) -> Array:
     """Return the heads that a rank's cache holds, zeros for `PADDING`."""
     taken = value[:, np.maximum(heads, 0)]
     taken[:, np.array(heads) == PADDING] = 0.0

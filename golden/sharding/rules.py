@@ -115,15 +115,22 @@ def _check_flash_decoding(kv_heads: int, parallelism: Parallelism) -> None:
 
 
 def check_prefill(
-    config: AttentionConfig, parallelism: Parallelism, *, batch: int, q_len: int
+    config: AttentionConfig, parallelism: Parallelism, *, batch: int | None, q_len: int
 ) -> None:
     """Require that a prompt can be cut: nothing is rounded down and no token left out.
+
+    Args:
+        config: the layer.
+        parallelism: how it is spread.
+        batch: rows to cache in order; None where sequence ids say who caches what.
+        q_len: tokens of the call.
 
     Raises:
         ConfigError: it cannot.
     """
     cp, world = parallelism.cp_degree, parallelism.tp_degree
-    check_batch(batch, parallelism)
+    if batch is not None:
+        check_batch(batch, parallelism)
     chunk = config.attention_chunk_size
     last = q_len if chunk is None else q_len % chunk
     require(

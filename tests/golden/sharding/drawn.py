@@ -30,6 +30,7 @@ from golden.sharding import (
     Parallelism,
     RankObserver,
     ShardedLayer,
+    encode_packed_sharded,
     encode_sharded,
     generate_sharded,
     place_ranks,
@@ -86,6 +87,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "padding": ("none", "right", "left"),
     "draft": (1, 2),
     "size": (1, 2),
+    "prompt": ("whole", "pieces", "packed"),
 }
 """What a case is made of; degrees are (tp, cp, dp)."""
 
@@ -114,6 +116,13 @@ class Drawn:
     padding: str
     lora: bool
     seed: int
+    prompt: str = "whole"
+
+    @property
+    def unit(self) -> int:
+        """What the tokens of a prefill must be a multiple of."""
+        spread = self.parallelism
+        return spread.tp_degree if spread.sequence_parallel else spread.cp_degree
 
     @property
     def total(self) -> int:
@@ -168,7 +177,8 @@ def drawn(choice: Choice, seed: int, *, steps: int = 2) -> Drawn:
         interleave=choice["interleave"],
     )
     unit = tp if choice["sequence_parallel"] else cp
-    q_len = unit * max(choice["size"], -(-4 // unit))
+    pieces = 2 if choice["prompt"] == "pieces" else 1
+    q_len = unit * max(choice["size"] * pieces, -(-4 // unit))
     batch = tp if dp > 1 and choice["ep_dispatch"] == "RS_AG" else dp * choice["size"]
     case = Drawn(
         config,
@@ -180,7 +190,10 @@ def drawn(choice: Choice, seed: int, *, steps: int = 2) -> Drawn:
         choice["padding"],
         choice["lora"],
         seed,
+        choice["prompt"],
     )
+    if case.lora and case.prompt == "packed":
+        raise ConfigError("adapters are per row, and a packed row holds several sequences")
     check_layer(config, parallelism)
     place_ranks(config, parallelism)
     check_prefill(config, parallelism, batch=batch, q_len=q_len)
@@ -349,25 +362,20 @@ def serve(
         rows of padding left out by a bound of infinity.
     """
     lengths, rows = case.lengths[:, None], np.arange(case.batch)[:, None]
-    slots = np.arange(case.q_len)[None]
-    offsets = case.q_len - lengths if case.padding == "left" else np.zeros_like(lengths)
-    places = np.where((slots >= offsets) & (slots < offsets + lengths), slots - offsets, -1)
-    prompt = problem.hidden[rows, np.maximum(places, 0)]
-    prefill = encode_sharded(
-        layer,
-        prompt,
-        position_ids=places,
-        caches=layer.empty_caches(batch=case.batch, max_length=case.total),
-        lora=problem.lora,
-        observe=observe,
-    )
-    caches = prefill.caches
-    residual = prompt if case.parallelism.interleave == "before_global" else np.zeros_like(prompt)
-    for rank, (output, tokens) in enumerate(zip(prefill.outputs, prefill.tokens, strict=True)):
-        at = places[:, tokens]
-        want = problem.output[rows, np.maximum(at, 0)] + residual[:, tokens]
-        limit = problem.bound[rows, np.maximum(at, 0)] + gamma(1) * np.abs(want)
-        yield rank, output, want, np.where(at[..., None] < 0, np.inf, limit)
+    caches: Any = layer.empty_caches(batch=case.batch, max_length=case.total)
+    prompts = packed_calls(case, problem) if case.prompt == "packed" else calls(case, problem)
+    for prompt, sequences, places, arguments in prompts:
+        encode = encode_packed_sharded if case.prompt == "packed" else encode_sharded
+        prefill = encode(layer, prompt, caches=caches, observe=observe, **arguments)
+        caches = prefill.caches
+        residual = np.zeros_like(prompt)
+        if case.parallelism.interleave == "before_global":
+            residual = prompt
+        for rank, (output, tokens) in enumerate(zip(prefill.outputs, prefill.tokens, strict=True)):
+            at, of = places[:, tokens], sequences[:, tokens]
+            want = problem.output[of, np.maximum(at, 0)] + residual[:, tokens]
+            limit = problem.bound[of, np.maximum(at, 0)] + gamma(1) * np.abs(want)
+            yield rank, output, want, np.where(at[..., None] < 0, np.inf, limit)
     for step in range(case.steps):
         at = lengths + step * case.draft + np.arange(case.draft)
         result = generate_sharded(
@@ -381,6 +389,47 @@ def serve(
         caches = result.caches
         for rank, output in enumerate(result.outputs):
             yield rank, output, problem.output[rows, at], problem.bound[rows, at]
+
+
+Call = tuple[Array, Positions, Positions, dict[str, Any]]
+"""Hidden states, whose tokens they are and at which position (-1 for padding), and arguments."""
+
+
+def calls(case: Drawn, problem: Problem) -> Iterator[Call]:
+    """Yield the calls of a prompt: one, or two pieces, the second over what the first cached."""
+    lengths, rows = case.lengths[:, None], np.arange(case.batch)[:, None]
+    slots = np.arange(case.q_len)[None]
+    offsets = case.q_len - lengths if case.padding == "left" else np.zeros_like(lengths)
+    places = np.where((slots >= offsets) & (slots < offsets + lengths), slots - offsets, -1)
+    first = case.q_len
+    if case.prompt == "pieces":
+        first = case.unit * (case.q_len // case.unit // 2)
+    for piece in (slice(0, first), slice(first, case.q_len)):
+        at = places[:, piece]
+        if at.size:
+            hidden = problem.hidden[rows, np.maximum(at, 0)]
+            yield (
+                hidden,
+                np.broadcast_to(rows, at.shape),
+                at,
+                {"position_ids": at, "lora": problem.lora},
+            )
+
+
+def packed_calls(case: Drawn, problem: Problem) -> Iterator[Call]:
+    """Yield two packed rows with a part of each prompt, and padding behind."""
+    done = np.zeros_like(case.lengths)
+    for until in (case.lengths // 2, case.lengths):
+        new = until - done
+        at = np.concatenate([np.arange(a, b) for a, b in zip(done, until, strict=True)])
+        of = np.repeat(np.arange(case.batch), new)
+        padding = -at.size % case.unit
+        at = np.pad(at, (0, padding), constant_values=-1)[None]
+        of = np.pad(of, (0, padding))[None]
+        if at.size:
+            hidden = problem.hidden[of, np.maximum(at, 0)]
+            yield hidden, of, at, {"query_lens": new.tolist(), "key_lens": until.tolist()}
+        done = until
 
 
 def check(case: Drawn) -> None:

@@ -52,6 +52,7 @@ def ruled_out(pair: Pair) -> bool:
         and mesh is not None
         and all(n % (mesh[0] // mesh[1]) or n % (mesh[0] // mesh[2]) for n, _ in FACTORS["heads"]),
         mesh is not None and heads is not None and not fits(mesh, heads),
+        given.get("lora", False) and given.get("prompt") == "packed",
     ]
     return any(wanted)
 

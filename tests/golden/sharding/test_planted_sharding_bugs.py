@@ -17,6 +17,8 @@ import pytest
 import golden.sharding.context_attention
 import golden.sharding.flash_decoding
 import golden.sharding.output
+import golden.sharding.prefill
+import golden.sharding.prior
 import golden.sharding.rank_heads
 from golden import Accumulation, Array, Attended, Observer, attend, merge_attended
 from golden.sharding import (
@@ -214,10 +216,9 @@ def test_a_ring_that_counts_the_sink_on_every_row(monkeypatch: pytest.MonkeyPatc
     good = served((4, 1), (4, 4, 1), sinks=True, kv_exchange="ring")
     plain_attend = golden.sharding.context_attention._attend
 
-    def counted(
-        layer: Any, rank: int, q: Any, at: Any, held: Any, with_sink: bool, see: Any
-    ) -> Any:
-        return plain_attend(layer, rank, q, at, held, True, see)
+    def counted(*given: Any) -> Any:
+        *rest, _, see = given
+        return plain_attend(*rest, True, see)
 
     monkeypatch.setattr(golden.sharding.context_attention, "_attend", counted)
     assert good.wrong_ranks() == {0, 1, 2, 3}
@@ -232,3 +233,53 @@ def test_a_flat_norm_over_the_ranks_own_part(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(golden.sharding.rank_heads, "rotated_heads", alone)
     assert good.wrong_ranks() == {0, 1}
+
+
+def test_cached_positions_that_count_from_the_ranks_own_first_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second context-parallel rank takes the prefix to end where its own tokens begin."""
+    good = served((4, 1), (4, 2, 1), mask="window3", prompt="pieces", sequence_parallel=True)
+    right = golden.sharding.prefill.gathered_prior
+
+    def moved(*given: Any) -> Any:
+        found = right(*given)
+        if found is None:
+            return None
+        shift = good.case.q_len // 4
+        return [
+            held._replace(positions=np.where(held.positions >= 0, held.positions + shift, -1))
+            if rank >= 2
+            else held
+            for rank, held in enumerate(found)
+        ]
+
+    monkeypatch.setattr(golden.sharding.prefill, "gathered_prior", moved)
+    assert good.wrong_ranks() == {2}  # rank 3's tokens lie beyond the window
+
+
+def test_segments_cut_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every context-parallel rank counts sequences from the row's first token."""
+    good = served((4, 1), (4, 2, 1), prompt="packed", sequence_parallel=True)
+    right = golden.sharding.context_attention._together
+
+    def cut(segments: Any, queries: Any, keys: Any, **how: Any) -> Any:
+        return right(segments, queries - queries[0], keys, **how)
+
+    monkeypatch.setattr(golden.sharding.context_attention, "_together", cut)
+    assert good.wrong_ranks() == {2, 3}
+
+
+@pytest.mark.parametrize("degrees", [(4, 2, 1), (4, 2, 2), (8, 4, 2)])
+def test_a_prefix_read_from_the_ranks_own_cache_alone(
+    degrees: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads of other ranks, and rows of other data-parallel ranks, are taken to be one's own."""
+    good = served((8, 4), degrees, prompt="pieces")
+
+    def own(layer: ShardedLayer, rank: int, row: int, head: int) -> tuple[int, int]:
+        cached = layer.decode.layout.kv_part(layer.decode.part(rank))
+        return rank, cached.index(head) if head in cached else 0
+
+    monkeypatch.setattr(golden.sharding.prior, "_holder", own)
+    assert good.wrong_ranks() == set(range(degrees[0]))

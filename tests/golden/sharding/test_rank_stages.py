@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -158,6 +159,12 @@ def test_every_collective_stage_is_seen_by_some_rank() -> None:
     caches = layer.empty_caches(batch=1, max_length=4)
     generate_sharded(layer, np.ones((1, 1, 8)), position_ids=[[0]], caches=caches, observe=capture)
     seen |= {stage for _, stage in capture.values}
+    prior, alone = RankCapture(), shard(plain, integer_weights(plain), Parallelism())
+    caches: Any = alone.empty_caches(batch=1, max_length=2)
+    for at in range(2):
+        given: dict[str, Any] = {"position_ids": [at], "caches": caches, "observe": prior}
+        caches = encode_sharded(alone, np.ones((1, 1, 8)), **given).caches
+    seen |= {stage for _, stage in prior.values}
     assert seen - STAGES.keys() == COLLECTIVE_STAGES.keys()
 
 
