@@ -31,6 +31,7 @@ from impl.parallel.layer import LayerParallel
 from impl.parallel.sharding_strategy import GQA
 from impl.serving import (
     CACHE_KEYWORDS,
+    ROW_KEYWORDS,
     check_cores,
     check_group,
     check_keywords,
@@ -227,10 +228,11 @@ class NeuronAttentionBase(AttentionLayer):
         sinks, in needing `active_mask` for several tokens, and in refusing several for chunks.
 
         On several ranks every rank is given the same arguments, whole sequences and whole batches,
-        and returns the same output. A rank's own are its cache (its KV heads and, under data
-        parallelism, its rows of the batch), its cos and sin caches (its tokens), and under sequence
-        parallelism the hidden states of a prefill and their output: `seq_len / tp_degree` tokens,
-        rank `r` holding piece `impl.parallel.StageMesh.positions[r]`. Under
+        and returns the same output. A rank's own are its cache (its KV heads of decode and, under
+        data parallelism, its rows of the batch), also where prefill reads it, its cos and sin
+        caches (its tokens), and under sequence parallelism the hidden states of a prefill and their
+        output: `seq_len / tp_degree` tokens, rank `r` holding piece
+        `impl.parallel.StageMesh.positions[r]`. Under
         `strided_context_parallel_kernel_enabled` all arguments of a prefill, and its output, have
         their tokens in strided order (`impl.parallel.strided`); K and V come back in natural order.
 
@@ -277,8 +279,9 @@ class NeuronAttentionBase(AttentionLayer):
                 `kvcache_buffer`, `scatter_index`, `is_for_context_encoding`,
                 `active_block_table`; and for packed sequences (chunked prefill, `impl.packing`)
                 `num_queries` and `computed_context_lens`, `(sequences,)` each: new and cached
-                tokens of every sequence in the one row, `past_key_value` having a row each. Masks
-                and positions follow from them.
+                tokens of every sequence in the one row, `past_key_value` and `seq_ids` having a
+                row each. Masks and positions follow from them. Data parallelism divides the
+                sequences: each is cached, in blocks of its own pool, where its id says.
 
         Returns:
             Output, K and V of the step, cos and sin caches, residual.
@@ -299,55 +302,66 @@ class NeuronAttentionBase(AttentionLayer):
             )
         polar = bool(kwargs.pop("use_polar_compatible_rope", False))
         cache_arguments = {name: kwargs[name] for name in CACHE_KEYWORDS if name in kwargs}
-        if self.dp_degree > 1 and (get_kv_per_layer or past_key_value is not None):
+        packing = packed_sequences(kwargs, hidden_states.shape[0], self.neuron_config)
+        # positions are those of the whole step, whatever this rank was given of it
+        phase, reads = select_phase(
+            self.neuron_config,
+            hidden_states.shape[1] if position_ids is None else position_ids.shape[-1],
+            get_kv_per_layer or past_key_value is not None,
+            windowed_context_encoding_window_idx,
+            packed=packing is not None,
+        )
+        encodes, before = phase is Phase.CONTEXT_ENCODING, self.parallel.prefill
+        if self.dp_degree > 1 and not encodes:
             rows = self.parallel.decode.own_rows
-            hidden_states, attention_mask, position_ids, active_mask, adapter_ids, ids = rows(
+            hidden_states, attention_mask, position_ids, active_mask, adapter_ids, *own = rows(
                 hidden_states,
                 attention_mask,
                 position_ids,
                 active_mask,
                 adapter_ids,
-                cache_arguments.get("seq_ids"),
+                *(cache_arguments.get(name) for name in ROW_KEYWORDS),
             )
-            cache_arguments["seq_ids"] = ids
+            cache_arguments.update(zip(ROW_KEYWORDS, own, strict=True))
             if rotary_position_ids is not None:
                 rotary_position_ids = self.parallel.decode.rows(
                     rotary_position_ids, rotary_position_ids.dim() - 2
                 )
         elif self.dp_degree > 1 and cache_arguments.get("seq_ids") is None:
             # every rank encodes the whole batch and caches its rows of it
-            batch = hidden_states.shape[0]
+            batch = (hidden_states if packing is None else packing.num_queries).shape[0]
             cache_arguments["seq_ids"] = torch.arange(batch, device=hidden_states.device)
-        packing = packed_sequences(kwargs, hidden_states.shape[0], self.neuron_config)
+        seq_len = before.sequence_length(hidden_states) if encodes else hidden_states.shape[1]
         if packing is not None:
             check_rotary(self.rotary_emb, self.polar_rotary_emb)
-            position_ids = packing.given_positions(position_ids, hidden_states.shape[1])
+            if position_ids is not None:
+                position_ids = before.natural(position_ids, 1)
+            position_ids = before.given(packing.given_positions(position_ids, seq_len), 1)
+        if get_kv_per_layer and past_key_value is not None:
+            raise ShapeError(
+                explain("past_key_value", "be None when get_kv_per_layer is True", "a cache")
+            )
         if get_kv_per_layer:
-            if past_key_value is not None:
-                raise ShapeError(
-                    explain("past_key_value", "be None when get_kv_per_layer is True", "a cache")
-                )
-            own = hidden_states.shape[0] if packing is None else None
-            past_key_value = read_cache(kv_mgr, cache_arguments, self.k_cache_transposed, own)
-        phase, past_key_value = select_phase(
-            self.neuron_config,
-            hidden_states.shape[1],
-            past_key_value,
-            windowed_context_encoding_window_idx,
-            packed=packing is not None,
-        )
-        if position_ids is None and past_key_value is None:
-            position_ids = self.parallel.prefill.first_positions(hidden_states)
-        check_active_mask(active_mask, has_past=past_key_value is not None)
-        encodes = phase is Phase.CONTEXT_ENCODING
-        before = self.parallel.prefill
-        seq_len = before.sequence_length(hidden_states) if encodes else hidden_states.shape[1]
+            lines = hidden_states.shape[0] if packing is None else None
+            past_key_value = read_cache(kv_mgr, cache_arguments, self.k_cache_transposed, lines)
+        if not reads:
+            past_key_value = None
+            if position_ids is None:
+                position_ids = before.first_positions(hidden_states)
+        check_active_mask(active_mask, has_past=reads)
         position_ids = given_positions(position_ids, hidden_states, seq_len)
-        cache_layout = None
+        cache_layout = owners = None
         if kv_mgr is not None and "idx" in cache_arguments:
             cache_layout = kv_mgr.layout(cache_arguments["idx"])
-            if self.dp_degree == 1 or not encodes:
-                position_ids = kv_mgr.seated(position_ids, cache_arguments.get("seq_ids"))
+            ids = cache_arguments.get("seq_ids")
+            if encodes and ids is not None:
+                owners = kv_mgr.owners(ids)
+                idle = owners[:, None] < 0
+                if packing is not None:
+                    idle = before.given(packing.of_tokens(idle[:, 0], seq_len)[None], 1)
+                position_ids = position_ids.to(torch.int64).masked_fill(idle, -1)
+            elif packing is None:
+                position_ids = kv_mgr.seated(position_ids, ids)
         if windowed_context_encoding_window_idx == 0 and attention_mask is None:
             attention_mask = position_ids >= 0  # A prompt's windows are causal, the first as well.
         step = StepInputs(
@@ -359,6 +373,7 @@ class NeuronAttentionBase(AttentionLayer):
             cache_layout=cache_layout,
             active_mask=active_mask,
             packing=packing,
+            owners=owners if get_kv_per_layer else None,
             adapter_ids=adapter_ids,
             cos_cache=cos_cache,
             sin_cache=sin_cache,
@@ -378,14 +393,17 @@ class NeuronAttentionBase(AttentionLayer):
 
         if not update_kv_per_layer:
             return output
+        manager = require_manager(kv_mgr, cache_arguments)
+        position_ids = before.natural(position_ids, 1) if encodes else position_ids
         if packing is not None:
+            kept = None if owners is None else owners == manager.dp_rank
             cache_arguments = update_arguments(
-                cache_arguments, packing, position_ids, self.neuron_config
+                cache_arguments, packing, position_ids, self.neuron_config, kept
             )
         return NeuronAttentionBaseOutput(
             hidden_states=output.hidden_states,
-            present_key_value=require_manager(kv_mgr, cache_arguments).update_kv_by_layer_id(
-                position_ids=before.natural(position_ids, 1) if encodes else position_ids,
+            present_key_value=manager.update_kv_by_layer_id(
+                position_ids=position_ids,
                 kv_per_layer=output.present_key_value,
                 **cache_arguments,
             ),

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from impl.attention_setup import AttentionSetup
-from impl.errors import ShapeError, UnsupportedError, explain
+from impl.errors import ShapeError, explain
 from impl.flash_decoding import KeyPart, attend_on_group
 from impl.kernels import PriorKeys, decode, native, prefill
 from impl.kv_cache import KeyValue
 from impl.masks import active_token_mask, context_encoding_mask, prior_mask, validity
-from impl.packing import PackedSequences, side_by_side
+from impl.packing import PackedSequences, side_by_side, together
 from impl.parallel.token_order import Run
 from impl.slot_positions import (
     NOWHERE,
@@ -44,24 +45,13 @@ class AttentionCore(AttentionSetup):
             Like `q`.
         """
         past = step.past_key_value
-        encodes = step.phase is Phase.CONTEXT_ENCODING
-        shared = self.parallel.splits_tokens_or_rows or self.parallel.core_group.size > 1
-        if past is not None and encodes and shared:
-            raise UnsupportedError(
-                explain(
-                    "past_key_value",
-                    "be None in prefill under context or data parallelism or flash decoding",
-                    "a cache",
-                    "a rank's cache lacks heads, rows or tokens that its prefill would read",
-                )
-            )
         if step.packing is not None:
             return self.perform_contexted_prefill(q, k, v, step, step.packing)
         if past is None:
             return self.perform_prefill(q, k, v, step.attention_mask, step.position_ids)
         prior = (past, step.attention_mask, step.active_mask, step.cache_layout)
-        if encodes:
-            return self.perform_prefix_prefill(q, k, v, step.position_ids, *prior)
+        if step.phase is Phase.CONTEXT_ENCODING:
+            return self.perform_prefix_prefill(q, k, v, step.position_ids, *prior, step.owners)
         return self.compute_for_token_gen(q, k, v, step.position_ids, *prior)
 
     def perform_prefill(
@@ -89,10 +79,33 @@ class AttentionCore(AttentionSetup):
             trains=torch.is_grad_enabled() and q.requires_grad,
             device_type=q.device.type,
         )
+        return self._own_queries(q, k, v, choice.implementation, attention_mask, position_ids)
+
+    def _own_queries(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        implementation: Implementation,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        prior: PriorKeys | None = None,
+    ) -> Tensor:
+        """Attention of this rank's queries in prefill, run by run of its tokens.
+
+        Args:
+            q: as in `attend`, like k and v.
+            k: see q.
+            v: see q.
+            implementation: who computes it.
+            attention_mask: of the step's own keys, whole and as the caller has it, or None.
+            position_ids: likewise.
+            prior: cached keys, or None.
+        """
         phase = self.parallel.prefill
         own_positions = phase.tokens(position_ids, 1)
         runs = phase.runs(position_ids.shape[1])
-        if choice.implementation is Implementation.NATIVE:
+        if implementation is Implementation.NATIVE:
             # positions are explicit there, so that one call does for any tokens
             runs = (Run(0, q.shape[2], 0, 1),)
         heads = []
@@ -103,12 +116,13 @@ class AttentionCore(AttentionSetup):
                     q.narrow(2, run.start, run.length),
                     k,
                     v,
-                    implementation=choice.implementation,
+                    implementation=implementation,
                     rule=rule,
                     sink=self.get_learned_sinks(is_prefill_stage=True),
                     attention_mask=phase.mask(attention_mask, run),
                     position_ids=own_positions.narrow(1, run.start, run.length),
                     kv_position_ids=phase.natural(position_ids, 1),
+                    prior=prior,
                 )
             )
         return heads[0] if len(heads) == 1 else torch.cat(heads, dim=2)
@@ -123,10 +137,12 @@ class AttentionCore(AttentionSetup):
         attention_mask: Tensor | None,
         active_mask: Tensor | None,
         cache_layout: SlotLayout | None = None,
+        owners: Tensor | None = None,
     ) -> Tensor:
         """Attention of a prefill step whose first tokens are cached: a prefix, earlier windows.
 
-        The layer's window, chunk and sinks hold over cached and new keys together.
+        The layer's window, chunk and sinks hold over cached and new keys together. Ranks give each
+        other the cached heads, rows and tokens that the others' prefill reads.
 
         Args:
             q: as in `attend`, like k and v.
@@ -137,6 +153,7 @@ class AttentionCore(AttentionSetup):
             attention_mask: see `forward`; here `(batch, slots)` or `(batch or 1, 1, 1, slots)`.
             active_mask: see `forward`.
             cache_layout: which position each slot holds; None is the layer's own.
+            owners: see `StepInputs`.
 
         Returns:
             Like `q`.
@@ -145,9 +162,7 @@ class AttentionCore(AttentionSetup):
             ConfigError: the strided kernel was asked for where it cannot run.
             ShapeError: a tensor that does not fit.
         """
-        k_prior, v_prior = past_key_value
-        self._check_cache(k_prior, v_prior, *k.shape[:2])
-        held = self._held(position_ids, v_prior.shape[2], cache_layout)
+        held = self._held(position_ids, past_key_value[1].shape[2], cache_layout)
         if attention_mask is not None:
             held = held.masked_fill(~validity(attention_mask, *held.shape), NOWHERE)
         among = position_ids >= 0
@@ -163,21 +178,29 @@ class AttentionCore(AttentionSetup):
             trains=torch.is_grad_enabled() and q.requires_grad,
             device_type=q.device.type,
         )
-        return prefill(
-            q,
-            k,
-            v,
-            implementation=choice.implementation,
-            rule=self.prefill_rule,
-            sink=self.get_learned_sinks(is_prefill_stage=True),
-            attention_mask=among,
-            position_ids=position_ids,
-            prior=PriorKeys(
-                k=k_prior.transpose(2, 3) if self.k_cache_transposed else k_prior,
-                v=v_prior,
-                positions=held,
-            ),
-        )
+        prior = self._gathered_prior(past_key_value, held, owners)
+        return self._own_queries(q, k, v, choice.implementation, among, position_ids, prior)
+
+    def _gathered_prior(
+        self, past_key_value: KeyValue, held: Tensor, owners: Tensor | None
+    ) -> PriorKeys:
+        """Cached keys of a prefill step: of this rank's prefill heads and every row.
+
+        Args:
+            past_key_value: this rank's.
+            held: `(batch, slots)`, position in each slot of every row.
+            owners: see `StepInputs`.
+
+        Raises:
+            ShapeError: a cache of another shape, or rows that do not split evenly.
+        """
+        k, v = past_key_value
+        rows = held.shape[0]
+        if owners is None:
+            rows = self.parallel.decode.rows(held).shape[0]
+        self._check_cache(k, v, rows, len(self.parallel.decode_heads.key_value))
+        k = k.transpose(2, 3) if self.k_cache_transposed else k
+        return self.parallel.gather_prior(PriorKeys(k=k, v=v, positions=held), owners)
 
     def perform_contexted_prefill(
         self, q: Tensor, k: Tensor, v: Tensor, step: StepInputs, packing: PackedSequences
@@ -198,38 +221,44 @@ class AttentionCore(AttentionSetup):
         Raises:
             ShapeError: a tensor that does not fit.
         """
-        q_len = q.shape[2]
-        limits = {
+        limits: dict[str, Any] = {
             "sliding_window": self.options.sliding_window,
             "attention_chunk_size": self.options.attention_chunk_size,
         }
-        at = step.position_ids
-        among = active_token_mask(step.active_mask, at, **limits) & packing.together(q_len)
+        phase, everything = self.parallel.prefill, Run(0, q.shape[2], 0, 1)
+        at, keys_at = (part(step.position_ids, 1) for part in (phase.tokens, phase.natural))
+        of_keys = packing.segments(k.shape[2])
+        segments = phase.tokens(phase.given(of_keys, 0), 0)
+        among = together(segments, of_keys) & active_token_mask(
+            phase.mask(step.active_mask, everything), at, kv_position_ids=keys_at, **limits
+        )
         if step.attention_mask is not None:
             given = context_encoding_mask(
-                step.attention_mask,
+                phase.mask(step.attention_mask, everything),
                 at,
                 sliding_window=self.options.sliding_window,
                 attention_chunk_size=self.options.attention_chunk_size,
+                kv_position_ids=keys_at,
             )
             assert given is not None
             among = among & given
         sink = self.get_learned_sinks(is_prefill_stage=True)
         if step.past_key_value is None:
             return native.context_encoding(q, k, v, among, sink, self.score_rule)
-        k_prior, v_prior = step.past_key_value
-        sequences, slots = packing.num_queries.shape[0], v_prior.shape[2]
-        self._check_cache(k_prior, v_prior, sequences, k.shape[1])
-        cached = packing.computed_context_lens
-        held = slot_positions(step.cache_layout or self.cache_layout, cached, slots)
-        seen = prior_mask(None, at, held.reshape(1, -1), **limits)
+        held = slot_positions(
+            step.cache_layout or self.cache_layout,
+            packing.computed_context_lens,
+            step.past_key_value[1].shape[2],
+        )
+        prior = self._gathered_prior(step.past_key_value, held, step.owners)
+        seen = prior_mask(None, at, prior.positions.reshape(1, -1), **limits)
         return native.token_generation(
             q,
             k,
             v,
-            side_by_side(k_prior),
-            side_by_side(v_prior),
-            seen & packing.own_slots(q_len, slots),
+            side_by_side(prior.k),
+            side_by_side(prior.v),
+            seen & packing.own_slots(segments, prior.positions.shape[1]),
             among,
             sink,
             self.score_rule,
@@ -312,7 +341,7 @@ class AttentionCore(AttentionSetup):
                 )
             )
         held = self._held(position_ids, slots, cache_layout)
-        limits = {
+        limits: dict[str, Any] = {
             "sliding_window": self.options.sliding_window,
             "attention_chunk_size": self.options.attention_chunk_size,
         }

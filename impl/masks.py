@@ -156,34 +156,38 @@ def active_token_mask(
     *,
     sliding_window: int | None = None,
     attention_chunk_size: int | None = None,
+    kv_position_ids: Tensor | None = None,
 ) -> Tensor:
     """Mask among the tokens of a step that has cached keys besides.
 
     Args:
-        active_mask: `(batch or 1, 1, q_len, q_len)`, bool or integer: `tril` for a draft or a
+        active_mask: `(batch or 1, 1, q_len, kv_len)`, bool or integer: `tril` for a draft or a
             prompt, a tree's ancestors; None is by position alone. It narrows and never widens
             what positions allow.
         position_ids: `(batch, q_len)`, integer.
         sliding_window: as in `visible`.
         attention_chunk_size: as in `visible`.
+        kv_position_ids: `(batch, kv_len)`, integer, where the queries are only some of the step's
+            tokens; None is `position_ids`.
 
     Returns:
-        `(batch, 1, q_len, q_len)`, bool.
+        `(batch, 1, q_len, kv_len)`, bool.
 
     Raises:
         ShapeError: the mask is floating point or of another shape.
     """
-    batch, q_len = position_ids.shape
+    keys = position_ids if kv_position_ids is None else kv_position_ids
+    (batch, q_len), kv_len = position_ids.shape, keys.shape[1]
     by_position = visible(
         position_ids,
-        position_ids,
+        keys,
         sliding_window=sliding_window,
         attention_chunk_size=attention_chunk_size,
     )
     if active_mask is None:
         return by_position
     given = as_bool(active_mask, "active_mask")
-    _require_shape(given, "active_mask", batch, q_len, q_len)
+    _require_shape(given, "active_mask", batch, q_len, kv_len)
     return given & by_position
 
 

@@ -70,24 +70,44 @@ class PackedSequences(NamedTuple):
             return self.positions(q_len)
         return position_ids.masked_fill(self.segments(q_len) >= self.num_queries.shape[0], -1)
 
-    def together(self, q_len: int) -> Tensor:
-        """Which tokens of the row belong to one sequence, `(1, 1, q_len, q_len)`, bool."""
-        segments = self.segments(q_len)
-        return (segments[:, None] == segments)[None, None]
+    def of_tokens(self, x: Tensor, q_len: int) -> Tensor:
+        """What is said of each sequence, of each token of the row; of padding, any.
 
-    def own_slots(self, q_len: int, slots: int) -> Tensor:
+        Args:
+            x: `(sequences, ...)`.
+            q_len: tokens of the row.
+
+        Returns:
+            `(q_len, ...)`.
+        """
+        return x.index_select(0, self.segments(q_len).clamp(max=x.shape[0] - 1))
+
+    def own_slots(self, segments: Tensor, slots: int) -> Tensor:
         """Which cached slots belong to a token's sequence.
 
         Args:
-            q_len: tokens of the row.
+            segments: `(tokens,)`, of `segments`: of the row's tokens, or of some.
             slots: slots of each sequence.
 
         Returns:
-            `(1, 1, q_len, sequences * slots)`, bool; sequences side by side.
+            `(1, 1, tokens, sequences * slots)`, bool; sequences side by side.
         """
         sequences = self.num_queries.shape[0]
         owners = torch.arange(sequences, device=self.num_queries.device).repeat_interleave(slots)
-        return (self.segments(q_len)[:, None] == owners)[None, None]
+        return (segments[:, None] == owners)[None, None]
+
+
+def together(segments: Tensor, of_keys: Tensor) -> Tensor:
+    """Which tokens of a row belong to one sequence.
+
+    Args:
+        segments: `(tokens,)`, sequence of each query.
+        of_keys: `(q_len,)`, of each token of the row.
+
+    Returns:
+        `(1, 1, tokens, q_len)`, bool.
+    """
+    return (segments[:, None] == of_keys)[None, None]
 
 
 PACKING_KEYWORDS = ("num_queries", "computed_context_lens")
@@ -108,7 +128,7 @@ def packed_sequences(
 
     Raises:
         ShapeError: one of the two alone, not integers of one shape, or more than one row.
-        UnsupportedError: the layer is run without chunked prefill, or splits tokens or rows.
+        UnsupportedError: the layer is run without chunked prefill.
     """
     names = PACKING_KEYWORDS
     given = [keywords.pop(name, None) for name in names]
@@ -119,15 +139,6 @@ def packed_sequences(
     if not run.is_chunked_prefill:
         raise UnsupportedError(
             explain("num_queries", "be None unless is_chunked_prefill is True", "a packed row")
-        )
-    if run.cp_degree > 1 or run.attention_dp_degree > 1 or run.sequence_parallel_enabled:
-        raise UnsupportedError(
-            explain(
-                "num_queries",
-                "be None under context, data or sequence parallelism",
-                "a packed row",
-                "ranks would have to cut sequences, not the row",
-            )
         )
     packing = PackedSequences(*given)
     for name, value in zip(names, packing, strict=True):
@@ -175,27 +186,41 @@ def check_rotary(*embeddings: object) -> None:
 
 
 def update_arguments(
-    arguments: dict[str, Any], packing: PackedSequences, position_ids: Tensor, run: NeuronConfig
+    arguments: dict[str, Any],
+    packing: PackedSequences,
+    position_ids: Tensor,
+    run: NeuronConfig,
+    kept: Tensor | None = None,
 ) -> dict[str, Any]:
     """Arguments that write a packed row into the cache it was read from.
 
-    Reading takes a block table of every sequence; writing takes the slot of every token.
+    Reading takes a block table and an id of every sequence; writing takes the slot of every token.
 
     Args:
         arguments: those of the cache manager.
         packing: how sequences stand in the row.
-        position_ids: `(1, q_len)`, integer, negative for padding.
+        position_ids: `(1, q_len)`, integer, in natural order, negative for padding.
         run: how the layer is run.
+        kept: `(sequences,)`, bool: which sequences this rank caches; None is all.
 
     Returns:
-        The same with `scatter_index` `(1, q_len)` in place of `active_block_table`.
+        The same with `scatter_index` `(1, q_len)` in place of `active_block_table` and `seq_ids`.
+
+    Raises:
+        ShapeError: neither blocks nor slots are given.
     """
-    table = arguments.get("active_block_table")
-    if table is None or run.pa_block_size is None:
-        return arguments
-    changed = {**arguments, "active_block_table": None}
-    if arguments.get("scatter_index") is None:
-        owner = packing.segments(position_ids.shape[1]).clamp(max=table.shape[0] - 1)
-        rows = table.index_select(0, owner)
-        changed["scatter_index"] = slot_mapping(rows, position_ids.T, run.pa_block_size).T
-    return changed
+    table, slots = arguments.get("active_block_table"), arguments.get("scatter_index")
+    if slots is None:
+        if table is None or run.pa_block_size is None:
+            raise ShapeError(
+                explain(
+                    "active_block_table",
+                    "be given, for a cache of blocks, to write packed sequences",
+                    None if table is None else "a cache without blocks",
+                )
+            )
+        tables = packing.of_tokens(table, position_ids.shape[1])
+        slots = slot_mapping(tables, position_ids.T, run.pa_block_size).T
+    if kept is not None:
+        slots = slots.masked_fill(~packing.of_tokens(kept, position_ids.shape[1])[None], -1)
+    return {**arguments, "active_block_table": None, "seq_ids": None, "scatter_index": slots}

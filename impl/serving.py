@@ -26,6 +26,8 @@ CACHE_KEYWORDS = frozenset(
         "active_block_table",
     }
 )
+# Those with a row for each of the batch.
+ROW_KEYWORDS = ("seq_ids", "active_block_table", "scatter_index")
 FORWARD_KEYWORDS = CACHE_KEYWORDS | {"use_polar_compatible_rope", *PACKING_KEYWORDS}
 
 

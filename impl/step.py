@@ -41,6 +41,8 @@ class StepInputs(NamedTuple):
         cache_layout: which position each slot of them holds; None is the layer's own.
         active_mask: see `forward`.
         packing: how sequences stand in the row, or None for one sequence a row.
+        owners: `(batch,)`, or of a packed row `(sequences,)`, integer: which data-parallel group
+            keeps each row of a prefill's `past_key_value`; None where each has its own, in order.
         adapter_ids: see `forward`.
         cos_cache: see `forward`.
         sin_cache: see `forward`.
@@ -58,6 +60,7 @@ class StepInputs(NamedTuple):
     cache_layout: SlotLayout | None = None
     active_mask: Tensor | None = None
     packing: PackedSequences | None = None
+    owners: Tensor | None = None
     adapter_ids: Tensor | None = None
     cos_cache: Tensor | None = None
     sin_cache: Tensor | None = None
@@ -70,24 +73,24 @@ class StepInputs(NamedTuple):
 def select_phase(
     run: NeuronConfig,
     q_len: int,
-    past: KeyValue | None,
+    cached: bool,
     window_idx: int,
     *,
     packed: bool = False,
-) -> tuple[Phase, KeyValue | None]:
-    """Tell prefill from decode, by static facts alone, and which cached keys the step reads.
+) -> tuple[Phase, bool]:
+    """Tell prefill from decode, by static facts alone, and whether the step reads cached keys.
 
     Args:
         run: how the layer is run.
-        q_len: tokens of the step.
-        past: cached keys and values, or None.
+        q_len: tokens of the step, on all ranks.
+        cached: there are cached keys and values.
         window_idx: `windowed_context_encoding_window_idx`; negative is no window.
         packed: the step is a row of packed sequences.
 
     Returns:
         Token generation if there are cached keys, but context encoding in a window of a prompt, of
-        packed sequences, and under prefix caching from `PREFIX_LEN_MIN` tokens on; and the cached
-        keys, None in the first window, which has none before it.
+        packed sequences, and under prefix caching from `PREFIX_LEN_MIN` tokens on; and whether
+        the keys are read, which in the first window they are not: none are before it.
 
     Raises:
         AttentionError: a window, but none are configured.
@@ -95,8 +98,8 @@ def select_phase(
     """
     if window_idx < 0:
         prefix = run.is_prefix_caching and q_len >= PREFIX_LEN_MIN
-        decodes = past is not None and not prefix and not packed
-        return (Phase.TOKEN_GENERATION if decodes else Phase.CONTEXT_ENCODING), past
+        decodes = cached and not prefix and not packed
+        return (Phase.TOKEN_GENERATION if decodes else Phase.CONTEXT_ENCODING), cached
     size = run.windowed_context_encoding_size
     if size is None:
         raise AttentionError(
@@ -114,7 +117,7 @@ def select_phase(
                 q_len,
             )
         )
-    if window_idx > 0 and past is None:
+    if window_idx > 0 and not cached:
         raise ShapeError(
             explain(
                 "past_key_value",
@@ -123,4 +126,4 @@ def select_phase(
                 f"the {window_idx * size} tokens before it are cached",
             )
         )
-    return Phase.CONTEXT_ENCODING, past if window_idx > 0 else None
+    return Phase.CONTEXT_ENCODING, window_idx > 0

@@ -64,6 +64,7 @@ class KVCacheManager(nn.Module):
             raise ConfigError(
                 explain("dp_rank", f"be in 0..{run.attention_dp_degree - 1}", dp_rank)
             )
+        self.dp_rank, self.dp_degree = dp_rank, run.attention_dp_degree
         self.lines = run.cache_lines // run.attention_dp_degree
         self.first_line = dp_rank * self.lines
         if kv_scales is not None and (not run.kv_cache_quant or len(kv_scales) != len(self.caches)):
@@ -111,6 +112,22 @@ class KVCacheManager(nn.Module):
         """
         lines = self._lines(seq_ids, position_ids)
         return position_ids.to(torch.int64).masked_fill(lines[:, None] < 0, -1)
+
+    def owners(self, seq_ids: Tensor) -> Tensor:
+        """Which data-parallel rank keeps each sequence.
+
+        Args:
+            seq_ids: `(batch,)`, integer.
+
+        Returns:
+            `(batch,)`, int64; negative for a sequence that none keeps.
+
+        Raises:
+            ShapeError: ids of another shape or dtype.
+        """
+        count = seq_ids.shape[0] if seq_ids.dim() else 0
+        every = cache_lines(seq_ids, count, self.lines * self.dp_degree, seq_ids.device)
+        return torch.div(every, self.lines, rounding_mode="floor")
 
     def get_kv_by_layer_id(
         self,

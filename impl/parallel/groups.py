@@ -62,12 +62,17 @@ class ProcessGroups:
     Attributes:
         prefill: context encoding.
         decode: token generation.
-        rank: this rank among all.
+        world: all ranks.
     """
 
     prefill: Stage = Stage()
     decode: Stage = Stage()
-    rank: int = 0
+    world: Group = ALONE
+
+    @property
+    def rank(self) -> int:
+        """This rank among all."""
+        return self.world.rank
 
 
 _MADE: WeakKeyDictionary[Any, dict[tuple[object, ...], ProcessGroups]] = WeakKeyDictionary()
@@ -151,7 +156,11 @@ def core_group(run: NeuronConfig, cores: int) -> Group:
 
 def _make(before: StageMesh, after: StageMesh, rank: int) -> ProcessGroups:
     prefill = _stage(before, "cp", rank)
-    return ProcessGroups(prefill, prefill if before == after else _stage(after, "dp", rank), rank)
+    decode = prefill if before == after else _stage(after, "dp", rank)
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    world = Group(everyone.group_name, before.world_size, rank)
+    return ProcessGroups(prefill, decode, world)
 
 
 def _stage(mesh: StageMesh, split: str, rank: int) -> Stage:

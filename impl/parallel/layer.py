@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from impl.config import InferenceConfig
+from impl.kernels import PriorKeys
 from impl.kv_cache import KVCacheManager
 from impl.neuron_config import NeuronConfig
 from impl.parallel.collectives import all_gather
-from impl.parallel.groups import Group, core_group, process_groups
+from impl.parallel.groups import ALONE, Group, core_group, process_groups
 from impl.parallel.head_layout import PADDING, Slots, slots_of
 from impl.parallel.phases import DecodePhase, PrefillPhase
+from impl.parallel.prior import prior_plan
 from impl.parallel.rank_maps import StageMap, rank_maps
 from impl.parallel.sharding_strategy import GQA
 from impl.parallel.token_order import TokenOrder
@@ -146,13 +148,15 @@ class LayerParallel:
         # without a sum over heads there is nothing to order
         dispatch = run.ep_dispatch_cc_option if groups.decode.tp.size > 1 else "AR_AG"
         self.decode = DecodePhase(groups.decode, dispatch)
+        self._prior = prior_plan(maps, groups.rank)
+        self._prior_group = {
+            "none": ALONE,
+            "prefill": groups.prefill.split,
+            "decode": groups.decode.split,
+            "all": groups.world,
+        }[self._prior.exchange]
         self._cached = slots_of(self.decode_heads.key_value, self.prefill_heads.key_value)
         self._caches_all = self.decode_heads.key_value == self.prefill_heads.key_value
-
-    @property
-    def splits_tokens_or_rows(self) -> bool:
-        """Whether ranks share a sequence in prefill, or a batch in decode."""
-        return self.prefill.stage.split.size > 1 or self.decode.stage.split.size > 1
 
     def make_cache(self, config: InferenceConfig) -> KVCacheManager:
         """Make this rank's cache: for its KV heads and its rows of the batch.
@@ -181,6 +185,44 @@ class LayerParallel:
         zeros = torch.zeros_like(x[:, :1])
         picked = [zeros if slot is None else x[:, slot : slot + 1] for slot in self._cached]
         return torch.cat(picked, dim=1)
+
+    def gather_prior(self, prior: PriorKeys, owners: Tensor | None = None) -> PriorKeys:
+        """Cached keys that a prefill reads: of its own heads, every row and every core's tokens.
+
+        Args:
+            prior: of this rank's cache: keys and values of its decode heads, BHSD; positions
+                `(batch, slots)` of every row of the step.
+            owners: `(batch,)`, integer: which data-parallel group keeps each row, where keys and
+                values have a line for every row, any for a row that others keep; None where each
+                group has its own rows and no others, in order.
+
+        Returns:
+            Keys and values `(batch, kv_heads of prefill, slots of all cores, head_dim)`.
+        """
+        k, v, positions = prior.k, prior.v, prior.positions
+        if self.core_group.size > 1:
+            both = all_gather(torch.cat((k, v), dim=1), 2, self.core_group)
+            k, v = both.chunk(2, dim=1)
+            positions = all_gather(positions.contiguous(), 1, self.core_group)
+        if self._prior.own:
+            return PriorKeys(k=k, v=v, positions=positions)
+        heads = k.shape[1]
+        caches = all_gather(torch.cat((k, v), dim=1)[None], 0, self._prior_group)
+        zeros = torch.zeros_like(caches[0, :, 0])
+        groups = []
+        for sources in self._prior.sources:
+            picked = [
+                zeros if source is None else caches[source.member, :, first + source.slot]
+                for first in (0, heads)
+                for source in sources
+            ]
+            groups.append(torch.stack(picked, dim=1))
+        rows = torch.cat(groups)
+        if owners is not None:
+            lines = torch.arange(k.shape[0], device=k.device)
+            rows = rows.index_select(0, owners.clamp(min=0) * k.shape[0] + lines)
+        k, v = rows.chunk(2, dim=1)
+        return PriorKeys(k=k, v=v, positions=positions)
 
 
 def _split(flat: Tensor, width: int) -> Tensor:

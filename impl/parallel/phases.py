@@ -105,9 +105,11 @@ class PrefillPhase:
     def first_positions(self, hidden_states: Tensor) -> Tensor:
         """Positions `0, 1, ...` of a prompt, `(batch, seq_len)`, in the caller's order."""
         steps = torch.arange(self.sequence_length(hidden_states), device=hidden_states.device)
-        if self.order.strided:
-            steps = strided(steps, 0, self.order.ranks)
-        return steps.expand(hidden_states.shape[0], -1)
+        return self.given(steps, 0).expand(hidden_states.shape[0], -1)
+
+    def given(self, x: Tensor, dim: int) -> Tensor:
+        """A tensor with the whole sequence along `dim` in natural order, as the caller has it."""
+        return strided(x, dim, self.order.ranks) if self.order.strided else x
 
     def gather_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the whole sequence, in natural order.

@@ -18,7 +18,7 @@ from impl_layers import (
 from torch import Tensor
 
 from impl import KVCacheManager, NeuronAttentionBase, RotaryEmbedding, ShapeError, UnsupportedError
-from impl.packing import PackedSequences
+from impl.packing import PackedSequences, together
 
 DOUBLE = torch.float64
 RUN = {"is_chunked_prefill": True, "seq_len": 64}
@@ -141,10 +141,14 @@ def test_the_picture_in_the_docstring() -> None:
     sequences = PackedSequences(torch.tensor([2, 1]), torch.tensor([1, 2]))
     assert sequences.segments(4).tolist() == [0, 0, 1, 2]
     assert sequences.positions(4).tolist() == [[1, 2, 2, -1]]
-    assert sequences.own_slots(3, 3)[0, 0].int().tolist() == [[1, 1, 1, 0, 0, 0]] * 2 + [
-        [0, 0, 0, 1, 1, 1]
+    assert sequences.own_slots(sequences.segments(3), 3)[0, 0].int().tolist() == [
+        [1, 1, 1, 0, 0, 0]
+    ] * 2 + [[0, 0, 0, 1, 1, 1]]
+    assert together(sequences.segments(3), sequences.segments(3))[0, 0].int().tolist() == [
+        [1, 1, 0],
+        [1, 1, 0],
+        [0, 0, 1],
     ]
-    assert sequences.together(3)[0, 0].int().tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
 
 
 def test_a_packed_step_compiles_as_one_graph() -> None:

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from impl_layers import ROUNDOFF, WIDTH, model, positions, relative_error, tokens
+from impl_layers import ROUNDOFF, model, positions, relative_error, tokens
 from parallel_layers import BATCH, build, checkpoint
 from thread_ranks import on_ranks
 from torch import Tensor
 
-from impl import KVCacheManager, UnsupportedError
+from impl import KVCacheManager
 from impl.parallel import collectives
 
 TOTAL, PROMPT = 16, 7
@@ -89,21 +89,3 @@ def test_a_core_left_out_of_the_sum_is_found(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(flash_decoding, "all_gather", own_only)
     with pytest.raises(AssertionError):
         test_every_rank_returns_what_one_rank_does(4, 4, 2, False)
-
-
-def test_prefill_over_cached_tokens_is_refused() -> None:
-    state = checkpoint(4, 1)
-
-    def attempt(rank: int) -> str:
-        run = {"tp_degree": 2, "flash_decoding_enabled": True, "windowed_context_encoding_size": 4}
-        made = build(4, 1, {**run, "tp_degree": 2}, state, num_cores_per_group=2)
-        cache = tuple(torch.zeros(BATCH, 1, 4, WIDTH, dtype=torch.float64) for _ in range(2))
-        call = {"past_key_value": cache, "windowed_context_encoding_window_idx": 1}
-        at = positions(4, 4, batch=BATCH)
-        try:
-            made(tokens(4, BATCH), position_ids=at, **call)
-        except UnsupportedError as error:
-            return str(error)
-        return ""
-
-    assert all("flash decoding" in message for message in on_ranks(2, attempt))
