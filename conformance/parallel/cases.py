@@ -22,6 +22,11 @@ HEAD_DIM = 8
 HIDDEN = 48
 LENGTHS = (48, 31, 1, 40, 48, 17, 48, 5)
 """Tokens of each prompt; rows are padded to the longest."""
+PACKED_LENGTHS = (19, 12, 1, 16, 23, 7, 13, 5)
+"""Those of prompts that are packed into `PACKED_ROWS` rows."""
+PACKED_ROWS = 2
+PIECE = 24
+"""Tokens of a call of a prompt in pieces."""
 CHUNK = 16
 WINDOW = 5
 
@@ -44,6 +49,7 @@ AXES: Mapping[str, tuple[Any, ...]] = {
     "dispatch": ("AR_AG", "RS_AG", "AG_AR"),
     "dtype": ("float32", "bfloat16"),
     "reduce": ("float32", "own"),
+    "prompt": ("whole", "pieces", "packed"),
 }
 """What varies, and its values."""
 
@@ -84,11 +90,18 @@ def build_case(values: Mapping[str, Any], steps: int = 2) -> ParallelWorkload:
     )
     if chunk is not None and config.learned_sinks_size is not None:
         raise UsageError("learned sinks are not supported for chunked attention")
+    packed, pieces = values["prompt"] == "packed", values["prompt"] == "pieces"
+    if packed and chunk is not None:
+        raise UsageError("packed rows are not supported for chunked attention")
+    if pieces and spread.strided and PIECE // cp <= HEAD_DIM:
+        raise UsageError("the strided kernel needs more queries than head_dim")
     return ParallelWorkload(
         config=config,
         parallelism=spread,
-        lengths=LENGTHS,
+        lengths=PACKED_LENGTHS if packed else LENGTHS,
         steps=steps,
+        piece=PIECE if pieces else 0,
+        packed=PACKED_ROWS if packed else 0,
         dtype=values["dtype"],
         stages=("attn",),
     )
@@ -108,6 +121,7 @@ def transitions() -> list[ParallelWorkload]:
             "mask": "window" if i % 3 == 0 else "full",
             "sinks": bool(i % 2),
             "bias": "qkvo",
+            "prompt": AXES["prompt"][i % 3],
         }
         try:
             made.append(build_case(values, steps=8))

@@ -20,6 +20,8 @@ from golden.sharding import (
     RankObserver,
     RankStage,
     ShardedLayer,
+    ShardedResult,
+    encode_packed_sharded,
     encode_sharded,
     generate_sharded,
     shard,
@@ -56,21 +58,44 @@ class RankReference:
             zip(self.inputs.hidden_states, self.inputs.position_ids, strict=True)
         ):
             capture = RankCapture(frozenset(self.workload.stages))
-            run = generate_sharded if call else encode_sharded
             seen = _both(observe, capture if self.workload.stages else None)
-            result = run(self.layer, hidden, position_ids=positions, caches=caches, observe=seen)
+            result = self._call(call, hidden, positions, caches, seen)
             caches = result.caches
             for (rank, stage), value in capture.values.items():
-                found[Seen(rank, call, stage)] = value
+                found[self.seen(rank, call, stage)] = value
             for rank, output in enumerate(result.outputs):
-                found[Seen(rank, call, "output")] = output
+                found[self.seen(rank, call, "output")] = output
                 k, v = entries_written(caches[rank], self.entries(rank, call))
-                found[Seen(rank, call, "k_cache")], found[Seen(rank, call, "v_cache")] = k, v
+                found[self.seen(rank, call, "k_cache")] = k
+                found[self.seen(rank, call, "v_cache")] = v
         return found
+
+    def seen(self, rank: int, call: int, what: str) -> Seen:
+        """Name a value of one rank."""
+        return Seen(rank, call, what, self.workload.prompts)
+
+    def _call(
+        self, call: int, hidden: Array, positions: Positions, caches: Any, observe: RankObserver
+    ) -> ShardedResult[Any]:
+        """Run one call on every rank."""
+        if call < len(self.workload.packings):
+            packing = self.workload.packings[call]
+            return encode_packed_sharded(
+                self.layer,
+                hidden,
+                query_lens=packing.query_lens,
+                key_lens=packing.key_lens,
+                caches=caches,
+                observe=observe,
+            )
+        run = encode_sharded if call < self.workload.prompts else generate_sharded
+        return run(self.layer, hidden, position_ids=positions, caches=caches, observe=observe)
 
     def entries(self, rank: int, call: int) -> Positions:
         """Return the positions that a call writes to a rank's cache, `(rows, tokens)`, or -1."""
-        positions = self.inputs.position_ids[call][self._rows(rank)]
+        packings = self.workload.packings
+        by_row = packings[call].rows if call < len(packings) else self.inputs.position_ids[call]
+        positions = by_row[self._rows(rank)]
         cores = self.workload.parallelism.cores_per_group
         return np.where(positions % cores == rank % cores, positions, -1)
 
@@ -98,7 +123,7 @@ class RankReference:
         if seen.what in ("k_cache", "v_cache"):
             return self.entries(seen.rank, seen.call) >= 0
         used: RowMask = self.inputs.position_ids[seen.call] >= 0
-        if seen.call:
+        if seen.call >= self.workload.prompts:
             return used if seen.what == "output" else self._decode_rows(seen, used)
         plan = token_plan(self.workload.config, self.workload.parallelism, used.shape[1])
         kind = "reduced" if seen.what == "output" else OBSERVABLE[seen.what].tokens
@@ -125,7 +150,8 @@ class RankReference:
 
     def _heads(self, seen: Seen) -> tuple[int, ...] | None:
         cached = seen.what in ("k_cache", "v_cache")
-        stage: RankStage = self.layer.decode if seen.call or cached else self.layer.prefill
+        decodes = seen.call >= self.workload.prompts
+        stage: RankStage = self.layer.decode if decodes or cached else self.layer.prefill
         part = stage.part(seen.rank)
         kind = "key" if cached else "none"
         if seen.what in OBSERVABLE:
@@ -135,7 +161,7 @@ class RankReference:
         if kind == "key":
             return stage.layout.kv_part(part)
         cores = self.workload.parallelism.cores_per_group
-        if seen.call == 0 or seen.what != "attn" or cores == 1:
+        if not decodes or seen.what != "attn" or cores == 1:
             return stage.layout.q_part(part)
         first = part - part % cores  # flash decoding attends with all queries of the group
         return tuple(h for core in range(cores) for h in stage.layout.q_part(first + core))

@@ -65,17 +65,21 @@ def layer_values(ranks: RankReference, rank: int, result: Mapping[str, Array]) -
         rank: which.
         result: `prefill` and `decode`, what the layer returned, `(batch, tokens, hidden_size)`, the
             steps side by side; `prefill attn` and `decode attn`, outputs of the rank's heads, BHSD;
-            `k_cache` and `v_cache`, the rank's contiguous cache at the end,
-            `(rows, heads, slots, head_dim)`.
+            `prefill 1` and on, and `prefill 1 attn`, of further calls of the prompt; `k_cache` and
+            `v_cache`, the rank's cache at the end, `(rows, heads, positions, head_dim)`.
     """
-    values: dict[tuple[int, str], Array] = {(0, "output"): result["prefill"]}
-    if "prefill attn" in result:
-        values[0, "attn"] = result["prefill attn"]
+    values: dict[tuple[int, str], Array] = {}
+    prompts = ranks.workload.prompts
+    for call in range(prompts):
+        name = f"prefill {call}" if call else "prefill"
+        values[call, "output"] = result[name]
+        if f"{name} attn" in result:
+            values[call, "attn"] = result[f"{name} attn"]
     for step in range(ranks.workload.steps):
         now = slice(step, step + 1)
-        values[1 + step, "output"] = result["decode"][:, now]
+        values[prompts + step, "output"] = result["decode"][:, now]
         if "decode attn" in result:
-            values[1 + step, "attn"] = result["decode attn"][:, :, now]
+            values[prompts + step, "attn"] = result["decode attn"][:, :, now]
     for call in range(ranks.workload.calls):
         positions = ranks.entries(rank, call)
         for what in ("k_cache", "v_cache"):

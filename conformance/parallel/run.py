@@ -13,7 +13,7 @@ from conformance.parallel.ranks import run_on_ranks
 from conformance.parallel.verdict import ParallelVerdict, judge_run
 from conformance.parallel.workloads import ParallelWorkload, WorkloadInputs, draw_workload
 from conformance.precision import PrecisionProfile, native
-from conformance.subjects.impl_parallel import RankCall, run_rank
+from conformance.subjects.impl_parallel import PromptCall, RankCall, run_rank
 from golden import Array, weight_shapes
 from golden.sharding import strided_order, token_plan
 
@@ -48,7 +48,7 @@ def judge_on_ranks(
 def claimed(workload: ParallelWorkload) -> PrecisionProfile:
     """Return what `impl` claims; a streamed kernel rounds weights before they are normalised."""
     profile = native(workload.dtype)
-    if not workload.parallelism.strided:
+    if not workload.parallelism.strided or workload.packed:
         return profile
     stores = {**profile.stores, "unnormalised_weights": workload.dtype}
     return replace(profile, name=f"{profile.name}-streamed", stores=stores)
@@ -56,20 +56,34 @@ def claimed(workload: ParallelWorkload) -> PrecisionProfile:
 
 def rank_call(workload: ParallelWorkload, inputs: WorkloadInputs) -> RankCall:
     """Return what every rank is given."""
-    spread, q_len = workload.parallelism, workload.q_len
-    batch = len(workload.lengths)
-    following = inputs.hidden_states[1:] or (np.empty((batch, 0, workload.config.input_size)),)
-    places = inputs.position_ids[1:] or (np.empty((batch, 0), np.int64),)
+    batch, prompts = len(workload.lengths), workload.prompts
+    nothing = np.empty((batch, 0, workload.config.input_size))
+    following = inputs.hidden_states[prompts:] or (nothing,)
+    places = inputs.position_ids[prompts:] or (np.empty((batch, 0), np.int64),)
     return RankCall(
         config=workload.config,
-        parallelism=spread,
+        parallelism=workload.parallelism,
         dtype=workload.dtype,
         weights={name: getattr(inputs.weights, name) for name in weight_shapes(workload.config)},
-        hidden_states=inputs.hidden_states[0],
-        position_ids=inputs.position_ids[0],
-        given=token_plan(workload.config, spread, q_len).given,
-        order=strided_order(q_len, spread.cp_degree) if spread.strided else np.arange(q_len),
+        batch=batch,
+        prompts=tuple(_prompt_call(workload, inputs, call) for call in range(prompts)),
         next_states=np.concatenate(following, axis=1),
         next_positions=np.concatenate(places, axis=1),
-        slots=-(-(q_len + workload.steps) // 16) * 16,
+        slots=-(-(workload.q_len + workload.steps) // 16) * 16,
+    )
+
+
+def _prompt_call(workload: ParallelWorkload, inputs: WorkloadInputs, call: int) -> PromptCall:
+    spread, q_len = workload.parallelism, workload.prompt_lengths[call]
+    packing = workload.packings[call] if workload.packed else None
+    cached = None
+    if packing is not None:
+        cached = tuple(k - q for q, k in zip(packing.query_lens, packing.key_lens, strict=True))
+    return PromptCall(
+        hidden_states=inputs.hidden_states[call],
+        position_ids=inputs.position_ids[call],
+        given=token_plan(workload.config, spread, q_len).given,
+        order=strided_order(q_len, spread.cp_degree) if spread.strided else np.arange(q_len),
+        num_queries=None if packing is None else packing.query_lens,
+        computed_context_lens=cached,
     )

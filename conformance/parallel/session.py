@@ -72,6 +72,8 @@ def record(workload: ParallelWorkload, verdict: ParallelVerdict, seconds: float)
             "parallelism": asdict(spread),
             "lengths": list(workload.lengths),
             "steps": workload.steps,
+            "piece": workload.piece,
+            "packed": workload.packed,
         },
         subject="impl",
         profile=profile.name,

@@ -52,16 +52,23 @@ class Seen(NamedTuple):
 
     Attributes:
         rank: global rank.
-        call: 0 for the prompt, then the steps.
+        call: 0 for the prompt, or its calls in order, then the steps.
         what: of `ORDER`.
+        prompts: calls that the prompt comes in.
     """
 
     rank: int
     call: int
     what: str
+    prompts: int = 1
 
     def __str__(self) -> str:
-        return f"rank {self.rank} {call_name(self.call)} {self.what}"
+        return f"rank {self.rank} {self.named} {self.what}"
+
+    @property
+    def named(self) -> str:
+        """The call in words."""
+        return call_name(self.call, self.prompts)
 
     @property
     def turn(self) -> tuple[int, int]:
@@ -69,9 +76,11 @@ class Seen(NamedTuple):
         return self.call, ORDER.index(self.what)
 
 
-def call_name(call: int) -> str:
-    """Return `prompt` for call 0, else `step 1`, `step 2`, ..."""
-    return f"step {call}" if call else "prompt"
+def call_name(call: int, prompts: int = 1) -> str:
+    """Return `prompt`, or `piece 1`, `piece 2` if it comes in several calls; then `step 1`."""
+    if call >= prompts:
+        return f"step {call - prompts + 1}"
+    return f"piece {call + 1}" if prompts > 1 else "prompt"
 
 
 def check_stages(stages: Iterable[str]) -> None:

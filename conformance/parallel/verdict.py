@@ -16,7 +16,7 @@ from conformance.parallel.expected import RankReference, in_turn, rank_reference
 from conformance.parallel.observations import RankObservation, Values, observed
 from conformance.parallel.precision import on_ranks
 from conformance.parallel.rank_reports import RunReport
-from conformance.parallel.stages import RESULTS, Seen, call_name
+from conformance.parallel.stages import RESULTS, Seen
 from conformance.parallel.workloads import ParallelWorkload, WorkloadInputs
 from conformance.precision import PrecisionProfile
 from golden import Array
@@ -114,7 +114,7 @@ def judge_ranks(
     ranks = rank_reference(workload, inputs)
     expected = reference(ranks, on_ranks(profile, workload.parallelism))
     everything = in_turn(
-        Seen(rank, call, what)
+        Seen(rank, call, what, workload.prompts)
         for rank in range(workload.world_size)
         for call in range(workload.calls)
         for what in (*workload.stages, *RESULTS)
@@ -162,7 +162,7 @@ def _broken(
     for seen in everything:
         if seen.rank != rank:
             continue
-        at = f"{call_name(seen.call)} {seen.what}"
+        at = f"{seen.named} {seen.what}"
         value = observation.values.get((seen.call, seen.what))
         wanted = expected[str(seen)].shape
         if value is None:
@@ -215,7 +215,7 @@ def _verdict(
     turn = wrong[0].turn
     culprits = tuple(seen.rank for seen in wrong if seen.turn == turn)
     reason = (
-        f"{_ranks(culprits)} first, in {call_name(wrong[0].call)} {wrong[0].what}: "
+        f"{_ranks(culprits)} first, in {wrong[0].named} {wrong[0].what}: "
         f"{_sentence(excess[str(wrong[0])])}; in all, {_ranks(sorted(first))}"
     )
     return ParallelVerdict("DEVIATES", reason, culprits, ranks, *compared)
@@ -224,7 +224,7 @@ def _verdict(
 def _of_rank(rank: int, seen: Seen | None, excess: Mapping[str, Statistic]) -> RankVerdict:
     if seen is None:
         return RankVerdict(rank, "CONFORMS")
-    at = f"{call_name(seen.call)} {seen.what}"
+    at = f"{seen.named} {seen.what}"
     return RankVerdict(rank, "DEVIATES", f"{at}: {_sentence(excess[str(seen)])}", at)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,14 @@ from conformance.errors import UsageError
 from conformance.inputs import draw_layer
 from conformance.parallel.stages import check_stages
 from golden import Array, AttentionConfig, AttentionWeights, GoldenError
+from golden.packing import Packing
 from golden.sharding import Parallelism
 from golden.sharding.rules import check_decode, check_layer, check_prefill
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelWorkload:
-    """One thing to judge many ranks on: call 0 is the prompt, calls 1 and on a token each.
+    """One thing to judge many ranks on: a prompt in one call or several, then a token a call.
 
     Attributes:
         config: the whole layer.
@@ -28,6 +30,10 @@ class ParallelWorkload:
             what is right: golden adds in float64.
         lengths: tokens of each row's prompt; shorter rows are padded on the right.
         steps: tokens generated one after the other behind the prompt.
+        piece: tokens of a call of the prompt, each over what those before it have cached; 0 is the
+            prompt at once.
+        packed: rows that the prompts come in, a share of each prompt side by side in a row; 0 is a
+            row for each prompt.
         dtype: of the ranks' tensors; inputs are exact in it.
         regime: how inputs are drawn.
         seed: of the draw.
@@ -41,6 +47,8 @@ class ParallelWorkload:
     parallelism: Parallelism
     lengths: tuple[int, ...]
     steps: int = 0
+    piece: int = 0
+    packed: int = 0
     dtype: str = "float32"
     regime: str = "gaussian"
     seed: int = 0
@@ -49,13 +57,19 @@ class ParallelWorkload:
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise UsageError(f"steps must not be negative, got {self.steps}")
+        if self.piece < 0 or self.packed < 0 or (self.piece and self.packed):
+            raise UsageError(
+                "piece and packed must not be negative, nor both be given, got "
+                f"{self.piece} and {self.packed}"
+            )
         check_stages(self.stages)
         whole = self.whole  # checks lengths, dtype, regime and seed
         try:
             check_layer(self.config, self.parallelism)
-            check_prefill(
-                self.config, self.parallelism, batch=whole.workload.batch, q_len=self.q_len
-            )
+            for length in self.prompt_lengths:
+                check_prefill(
+                    self.config, self.parallelism, batch=whole.workload.batch, q_len=length
+                )
             if self.steps:
                 check_decode(self.parallelism, batch=whole.workload.batch)
         except GoldenError as error:
@@ -80,9 +94,38 @@ class ParallelWorkload:
         return max(self.lengths)
 
     @property
+    def packings(self) -> tuple[Packing, ...]:
+        """How the prompts stand in each packed row; empty unless they are packed."""
+        rows = self.packed
+        ends = [
+            tuple(length * row // rows for length in self.lengths)
+            for row in range(rows + 1)
+            if rows
+        ]
+        return tuple(
+            Packing(tuple(b - a for a, b in zip(before, after, strict=True)), after)
+            for before, after in pairwise(ends)
+        )
+
+    @property
+    def prompt_lengths(self) -> tuple[int, ...]:
+        """Tokens of each call of the prompt, padding included: packed rows can be cut by ranks."""
+        if not self.packed:
+            whole, piece = self.q_len, self.piece or self.q_len
+            return tuple(min(piece, whole - start) for start in range(0, whole, piece))
+        spread = self.parallelism
+        unit = spread.tp_degree if spread.sequence_parallel else spread.cp_degree
+        return tuple(-(-sum(row.query_lens) // unit) * unit for row in self.packings)
+
+    @property
+    def prompts(self) -> int:
+        """Calls that the prompt comes in."""
+        return len(self.prompt_lengths)
+
+    @property
     def calls(self) -> int:
-        """The prompt and the steps."""
-        return 1 + self.steps
+        """Those of the prompt and the steps."""
+        return self.prompts + self.steps
 
     @property
     def world_size(self) -> int:
@@ -94,7 +137,8 @@ class ParallelWorkload:
         """Readable name, `<layer>/<mesh>/<workload>`."""
         layer, workload = self.whole.id.split("/")
         behind = f"-behind{self.steps}" if self.steps else ""
-        return f"{layer}/{mesh_id(self.parallelism)}/{workload}{behind}"
+        cut = f"-pieces{self.piece}" if self.piece else f"-packed{self.packed}" * bool(self.packed)
+        return f"{layer}/{mesh_id(self.parallelism)}/{workload}{cut}{behind}"
 
 
 def mesh_id(parallelism: Parallelism) -> str:
@@ -133,8 +177,9 @@ class WorkloadInputs:
 
     Attributes:
         weights: of the whole layer.
-        hidden_states: per call, `(batch, tokens of the call, hidden_size)`, whole and in order.
-        position_ids: per call, `(batch, tokens of the call)`, int64, -1 for padding.
+        hidden_states: per call, `(batch, tokens of the call, hidden_size)`, whole and in order; of
+            a packed row `(1, tokens, hidden_size)`.
+        position_ids: per call, `(batch, tokens of the call)`, int64, -1 for padding; likewise.
     """
 
     weights: AttentionWeights
@@ -146,8 +191,21 @@ def draw_workload(workload: ParallelWorkload) -> WorkloadInputs:
     """Draw the inputs of a parallel case: a row's tokens are those of one longer prompt."""
     drawn = draw_layer(workload.whole)
     lengths, slots = np.array(workload.lengths)[:, None], np.arange(workload.q_len)
-    places = [np.where(slots < lengths, slots, -1)]
+    each = np.arange(len(workload.lengths))[:, None]
+    whole = np.where(slots < lengths, slots, -1)
+    places, rows = [], []
+    for length, packing in zip_longest(workload.prompt_lengths, workload.packings):
+        if packing is not None:
+            at, of = packing.in_row(packing.rows, length)
+            places.append(at)
+            rows.append(np.maximum(of, 0))
+        else:
+            start = sum(before.shape[1] for before in places)
+            places.append(whole[:, start : start + length])
+            rows.append(each)
     places += [lengths + step for step in range(workload.steps)]
-    rows = np.arange(len(workload.lengths))[:, None]
-    hidden = tuple(drawn.hidden_states[rows, np.maximum(at, 0)] for at in places)
+    rows += [each] * workload.steps
+    hidden = tuple(
+        drawn.hidden_states[of, np.maximum(at, 0)] for of, at in zip(rows, places, strict=True)
+    )
     return WorkloadInputs(weights=drawn.weights, hidden_states=hidden, position_ids=tuple(places))

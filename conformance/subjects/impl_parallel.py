@@ -16,6 +16,30 @@ from conformance.subjects.impl_layer import make_layer
 from golden import Array, AttentionConfig
 from golden.sharding import Parallelism
 
+BLOCK = 16
+"""Slots of a block of a paged cache."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptCall:
+    """One call of a prompt, whole or a piece, or a row of packed prompts.
+
+    Attributes:
+        hidden_states: `(batch, q_len, hidden_size)`, in order; `(1, q_len, hidden_size)` if packed.
+        position_ids: `(batch, q_len)`, -1 for padding on the right; likewise.
+        given: by rank, the tokens that it is handed, in the order it is handed them.
+        order: the tokens in the order that positions and masks are handed over in.
+        num_queries: new tokens of each packed sequence; None unless packed.
+        computed_context_lens: cached tokens of each; likewise.
+    """
+
+    hidden_states: Array
+    position_ids: NDArray[np.int64]
+    given: tuple[NDArray[np.int64], ...]
+    order: NDArray[np.int64]
+    num_queries: tuple[int, ...] | None = None
+    computed_context_lens: tuple[int, ...] | None = None
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankCall:
@@ -26,10 +50,8 @@ class RankCall:
         parallelism: how it is spread.
         dtype: of all tensors.
         weights: the whole layer's, by the field names of `golden.AttentionWeights`.
-        hidden_states: `(batch, q_len, hidden_size)`, the prompt in order.
-        position_ids: `(batch, q_len)`, -1 for padding on the right.
-        given: by rank, the prompt's tokens that it is handed, in the order it is handed them.
-        order: the prompt's tokens in the order that positions and masks are handed over in.
+        batch: sequences.
+        prompts: calls of the prompt; each later one goes over what those before it have cached.
         next_states: `(batch, steps, hidden_size)`, of the tokens decoded one after another.
         next_positions: `(batch, steps)`.
         slots: longest sequence.
@@ -39,13 +61,23 @@ class RankCall:
     parallelism: Parallelism
     dtype: str
     weights: Mapping[str, Array]
-    hidden_states: Array
-    position_ids: NDArray[np.int64]
-    given: tuple[NDArray[np.int64], ...]
-    order: NDArray[np.int64]
+    batch: int
+    prompts: tuple[PromptCall, ...]
     next_states: Array
     next_positions: NDArray[np.int64]
     slots: int
+
+    @property
+    def block_tables(self) -> NDArray[np.int64] | None:
+        """Blocks of each sequence in the pool of the data-parallel rank that keeps it; if packed.
+
+        `(batch, blocks)`; later blocks of a sequence come first in the pool.
+        """
+        if self.prompts[0].num_queries is None:
+            return None
+        share = self.batch // self.parallelism.attention_dp_degree
+        pool = np.arange(share * (self.slots // BLOCK))[::-1].reshape(share, -1)
+        return np.tile(pool, (self.parallelism.attention_dp_degree, 1))
 
 
 @dataclass(slots=True)
@@ -65,7 +97,8 @@ def run_rank(rank: int, world_size: int, call: RankCall) -> dict[str, Array]:
 
     Returns:
         `prefill` and `decode`: what the layer returned, `(batch, tokens, hidden_size)`;
-        `prefill attn` and `decode attn`: outputs of the rank's heads, BHSD;
+        `prefill attn` and `decode attn`: outputs of the rank's heads, BHSD; `prefill 1` and on,
+        with theirs: of further calls of the prompt;
         `k_cache` and `v_cache`: the rank's cache afterwards. Float64, exact.
     """
     del world_size
@@ -77,18 +110,22 @@ def run_rank(rank: int, world_size: int, call: RankCall) -> dict[str, Array]:
         if module.parallel.shares_weights:
             break
     manager = module.parallel.make_cache(module.config)
-    positions = torch.from_numpy(call.position_ids[:, call.order])
-    states = torch.from_numpy(call.hidden_states[:, call.given[rank]]).to(dtype)
     cache: dict[str, Any] = {"kv_mgr": manager, "update_kv_per_layer": True, "idx": 0, **options}
-    place = call.parallelism.interleave
-    first = module(
-        states,
-        attention_mask=positions >= 0,
-        position_ids=positions,
-        residual=states if place == "before_global" else None,
-        **cache,
-    )
-    manager.store(0, first.present_key_value)
+    tables = call.block_tables
+    if tables is not None:
+        cache["active_block_table"] = torch.from_numpy(tables)
+    found: dict[str, Tensor] = {}
+    for index, prompt in enumerate(call.prompts):
+        states = torch.from_numpy(prompt.hidden_states[:, prompt.given[rank]]).to(dtype)
+        output = module(
+            states,
+            residual=states if call.parallelism.interleave == "before_global" else None,
+            **_prompt_arguments(call, index),
+            **cache,
+        )
+        manager.store(0, output.present_key_value)
+        name = f"prefill {index}" if index else "prefill"
+        found |= {name: output.hidden_states, f"{name} attn": heads.seen[index]}
     later = []
     for step in range(call.next_states.shape[1]):
         now = slice(step, step + 1)
@@ -101,16 +138,37 @@ def run_rank(rank: int, world_size: int, call: RankCall) -> dict[str, Array]:
         manager.store(0, output.present_key_value)
         later.append(output.hidden_states)
     cores = call.parallelism.cores_per_group
-    k, v = (_by_position(x, rank % cores, cores) for x in manager.get_kv_by_layer_id(0))
-    found = {
-        "prefill": first.hidden_states,
-        "prefill attn": heads.seen[0],
+    own = None
+    if tables is not None:
+        own = module.parallel.decode.rows(cache["active_block_table"])
+    kept = manager.get_kv_by_layer_id(0, active_block_table=own)
+    k, v = (_by_position(x, rank % cores, cores) for x in kept)
+    found |= {
         "decode": torch.cat(later, dim=1),
-        "decode attn": torch.cat(heads.seen[1:], dim=2),
+        "decode attn": torch.cat(heads.seen[len(call.prompts) :], dim=2),
         "k_cache": k,
         "v_cache": v,
     }
     return {name: value.to(torch.float64).numpy() for name, value in found.items()}
+
+
+def _prompt_arguments(call: RankCall, index: int) -> dict[str, Any]:
+    """Return what a call of the prompt is told of its tokens and of those before them."""
+    prompt = call.prompts[index]
+    if prompt.num_queries is not None:
+        return {
+            "num_queries": torch.tensor(prompt.num_queries),
+            "computed_context_lens": torch.tensor(prompt.computed_context_lens),
+            "get_kv_per_layer": True,
+        }
+    positions = torch.from_numpy(prompt.position_ids[:, prompt.order])
+    if index:
+        return {
+            "position_ids": positions,
+            "get_kv_per_layer": True,
+            "windowed_context_encoding_window_idx": index,
+        }
+    return {"position_ids": positions, "attention_mask": positions >= 0}
 
 
 def _by_position(cache: Tensor, core: int, cores: int) -> Tensor:
@@ -125,7 +183,7 @@ def _by_position(cache: Tensor, core: int, cores: int) -> Tensor:
 def _build(call: RankCall) -> tuple[impl.NeuronAttentionBase, dict[str, Any]]:
     config, spread = call.config, call.parallelism
     dtype = getattr(torch, call.dtype)
-    batch = call.hidden_states.shape[0]
+    batch = call.batch
     flags: dict[str, Any] = {}
     if spread.interleave != "none":
         flags = {
@@ -152,7 +210,24 @@ def _build(call: RankCall) -> tuple[impl.NeuronAttentionBase, dict[str, Any]]:
             "ep_dispatch_cc_option": spread.ep_dispatch,
             "rpl_reduce_dtype": reduce_dtype,
             "flash_decoding_enabled": cores > 1,
+            **_prompt_fields(call),
         },
         model={"num_cores_per_group": cores},
         layer={**flags, "num_cores_per_group": cores},
     )
+
+
+def _prompt_fields(call: RankCall) -> dict[str, Any]:
+    """Return what the configuration says of a prompt in several calls, or of packed prompts."""
+    tables = call.block_tables
+    if tables is not None:
+        return {
+            "is_chunked_prefill": True,
+            "is_block_kv_layout": True,
+            "pa_num_blocks": int(tables.max()) + 1,
+            "pa_block_size": BLOCK,
+        }
+    if len(call.prompts) == 1:
+        return {}
+    longest = max(prompt.position_ids.shape[1] for prompt in call.prompts)
+    return {"windowed_context_encoding_size": longest}

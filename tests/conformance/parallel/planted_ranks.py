@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import impl.flash_decoding
 import impl.state_dict
 from conformance.subjects import impl_parallel
 from conformance.subjects.impl_parallel import RankCall, run_rank
+from impl.attention_core import AttentionCore
 from impl.parallel.groups import ALONE
 from impl.parallel.head_layout import HeadLayout
 from impl.parallel.layer import LayerParallel, PhaseHeads
@@ -118,6 +120,55 @@ def base_two_row_sums(rank: int, world_size: int, call: RankCall) -> Result:
 
     if rank == 1:
         impl.flash_decoding.row_sums = in_base_two
+    return run_rank(rank, world_size, call)
+
+
+def prefix_counted_from_own_tokens(rank: int, world_size: int, call: RankCall) -> Result:
+    """The last context-parallel rank takes cached keys to end where its own queries begin."""
+    right = AttentionCore._gathered_prior
+
+    def moved(self: Any, *given: Any) -> Any:
+        prior = right(self, *given)
+        held = prior.positions
+        shift = call.prompts[0].position_ids.shape[1] // call.parallelism.cp_degree
+        return replace(prior, positions=torch.where(held >= 0, held + shift, held))
+
+    if rank >= world_size - world_size // call.parallelism.cp_degree:
+        AttentionCore._gathered_prior = moved
+    return run_rank(rank, world_size, call)
+
+
+def prefix_of_own_heads(rank: int, world_size: int, call: RankCall) -> Result:
+    """Ranks read the heads that decode left them as if they were those of prefill."""
+
+    def own(self: Any, prior: Any, owners: Any = None) -> Any:
+        copies = len(self.prefill_heads.key_value) // prior.k.shape[1]
+        k, v = (x.repeat_interleave(copies, dim=1) for x in (prior.k, prior.v))
+        return replace(prior, k=k, v=v)
+
+    LayerParallel.gather_prior = own
+    return run_rank(rank, world_size, call)
+
+
+def segments_cut_by_piece(rank: int, world_size: int, call: RankCall) -> Result:
+    """Every rank counts sequences from the first token of the row."""
+    right = impl.attention_core.together
+
+    def first(segments: torch.Tensor, of_keys: torch.Tensor) -> torch.Tensor:
+        return right(of_keys[: len(segments)], of_keys)
+
+    impl.attention_core.together = first
+    return run_rank(rank, world_size, call)
+
+
+def sequences_kept_by_every_rank(rank: int, world_size: int, call: RankCall) -> Result:
+    """Packed sequences are read from the first data-parallel ranks, whoever keeps them."""
+    right = LayerParallel.gather_prior
+
+    def first(self: Any, prior: Any, owners: Any = None) -> Any:
+        return right(self, prior, torch.zeros_like(owners))
+
+    LayerParallel.gather_prior = first
     return run_rank(rank, world_size, call)
 
 

@@ -16,7 +16,7 @@ PLAIN = {**{axis: choices[0] for axis, choices in AXES.items()}, "heads": (8, 2)
 
 def workload(**values: Any) -> ParallelWorkload:
     made = build_case({**PLAIN, **values})
-    return replace(made, lengths=(24, 9, 24, 9))
+    return replace(made, lengths=(24, 9, 24, 9), piece=12 if made.piece else 0)
 
 
 CASES = {
@@ -24,6 +24,15 @@ CASES = {
     "sequence over ranks": workload(mesh=(4, 2, 1), sinks=True, mask="window", dtype="bfloat16"),
     "sequence, then batch": workload(mesh=(8, 2, 2), heads=(8, 2), sequence="pieces", norm="flat"),
     "chunks over ranks": workload(mesh=(4, 4, 1), heads=(7, 1), mask="chunk"),
+    "a prompt in pieces, heads apart": workload(
+        mesh=(4, 2, 1), heads=(4, 4), sinks=True, prompt="pieces", dtype="bfloat16"
+    ),
+    "a prompt in pieces, rows and heads apart": workload(
+        mesh=(8, 4, 2), heads=(8, 4), prompt="pieces", bias="qkvo"
+    ),
+    "packed rows in pieces": workload(
+        mesh=(8, 4, 2), heads=(8, 4), prompt="packed", sequence="pieces", mask="window"
+    ),
 }
 
 
@@ -90,6 +99,30 @@ PLANTED: list[tuple[Any, dict[str, Any], tuple[int, ...], str]] = [
         {"mesh": (4, 1, 1), "sinks": True},
         (1,),
         "in prompt attn",
+    ),
+    (
+        planted_ranks.prefix_counted_from_own_tokens,
+        {"mesh": (4, 2, 1), "mask": "window", "prompt": "pieces"},
+        (2, 3),
+        "in piece 2 attn",
+    ),
+    (
+        planted_ranks.prefix_of_own_heads,
+        {"mesh": (4, 2, 1), "heads": (4, 4), "prompt": "pieces"},
+        (0, 1, 2, 3),
+        "in piece 2 attn",
+    ),
+    (
+        planted_ranks.segments_cut_by_piece,
+        {"mesh": (4, 2, 1), "prompt": "packed"},
+        (2, 3),
+        "in piece 1 attn",
+    ),
+    (
+        planted_ranks.sequences_kept_by_every_rank,
+        {"mesh": (2, 2, 2), "prompt": "packed", "heads": (8, 1)},
+        (1,),  # rank 0 has the tokens of sequences that the first do keep
+        "in piece 2 attn",
     ),
     (
         planted_ranks.batch_rows_swapped,

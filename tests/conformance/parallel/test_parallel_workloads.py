@@ -76,9 +76,39 @@ def test_a_rows_tokens_are_those_of_one_longer_prompt() -> None:
     assert not np.array_equal(drawn.hidden_states[1][0], drawn.hidden_states[1][1])
 
 
+def test_a_prompt_in_pieces_is_the_whole_cut_by_tokens() -> None:
+    whole, pieces = case(), case(piece=3)
+    assert pieces.id == whole.id.replace("-behind2", "-pieces3-behind2")
+    assert (pieces.prompt_lengths, pieces.prompts, pieces.calls) == ((3, 3, 2), 3, 5)
+    one, cut = draw_workload(whole), draw_workload(pieces)
+    assert np.array_equal(np.concatenate(cut.position_ids[:3], axis=1), one.position_ids[0])
+    assert np.array_equal(np.concatenate(cut.hidden_states[:3], axis=1), one.hidden_states[0])
+    assert np.array_equal(cut.hidden_states[3], one.hidden_states[1])
+
+
+def test_packed_rows_hold_a_share_of_every_prompt_and_padding_for_the_ranks() -> None:
+    packed = case(Parallelism(tp_degree=4, cp_degree=4), packed=2)
+    assert packed.id.endswith("-packed2-behind2")
+    assert [(row.query_lens, row.key_lens) for row in packed.packings] == [
+        ((4, 2), (4, 2)),
+        ((4, 3), (8, 5)),
+    ]
+    assert packed.prompt_lengths == (8, 8)
+    drawn, whole = draw_workload(packed), draw_workload(case())
+    assert drawn.position_ids[0].tolist() == [[0, 1, 2, 3, 0, 1, -1, -1]]
+    assert drawn.position_ids[1].tolist() == [[4, 5, 6, 7, 2, 3, 4, -1]]
+    assert np.array_equal(drawn.hidden_states[1][0, 4:7], whole.hidden_states[0][1, 2:5])
+    assert np.array_equal(drawn.hidden_states[2], whole.hidden_states[1])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"piece": 4, "packed": 2}, "piece and packed must not be negative, nor both be given"),
+        (
+            {"piece": 3, "parallelism": Parallelism(tp_degree=2, cp_degree=2)},
+            "q_len must be a multiple of cp_degree, got 3 and 2",
+        ),
         ({"steps": -1}, "steps must not be negative, got -1"),
         ({"stages": ("attn", "softmax")}, "got softmax"),
         (
