@@ -11,13 +11,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from conformance.calibration_runs import Run, append_runs, read_runs, runs_of
 from conformance.calibration_table import markdown as tables
 from conformance.calibration_table import rich_table
 from conformance.generated import write_measured
 from conformance.processes import in_processes
+from conformance.terminal import console
 
 RUNS_PER_CASE = 12
 """Kernels that support a case, about."""
@@ -54,18 +53,18 @@ def run(
         records: JSON Lines file to keep runs in and to go on from, None for none.
         jobs: processes.
     """
-    console = Console()
+    output = console()
     found = [] if records is None else read_runs(records)
     done = {one.index for one in found}
     left = [index for index in range(-(-runs // RUNS_PER_CASE)) if index not in done]
-    for judged in in_processes(runs_of, left, jobs=jobs, title="calibration", console=console):
+    for judged in in_processes(runs_of, left, jobs=jobs, title="calibration", console=output):
         found += judged
         if records is not None:
             append_runs(records, judged)
     found.sort(key=lambda one: (one.index, one.kernel))
-    console.print(rich_table(found))
+    output.print(rich_table(found))
     for alarm in (one for one in found if not one.conforms):
-        console.print(f"{alarm.kernel}, {alarm.case_id}: {alarm.reason}", highlight=False)
+        output.print(f"{alarm.kernel}, {alarm.case_id}: {alarm.reason}", highlight=False)
     if markdown is not None:
         write_measured(markdown, tables(found))
     return Calibration(tuple(found))

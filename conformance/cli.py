@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from conformance.errors import UsageError
@@ -21,10 +20,11 @@ from conformance.precision import PROFILES
 from conformance.presets import PRESETS
 from conformance.selection import SUITES, select_cases
 from conformance.subjects import BUILT_IN, load_subject
+from conformance.terminal import console
 from conformance.tiers import TIERS
 from reports.records import RecordError, Results, read_results, write_results
 
-_console = Console()
+_console = console()
 _TIER = click.option("--tier", type=click.Choice(TIERS), default="smoke", show_default=True)
 _SUBJECT = click.option(
     "--subject",

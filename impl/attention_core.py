@@ -313,7 +313,7 @@ class AttentionCore(AttentionSetup):
             own,
             sink,
             self.score_rule,
-            implementation=resolve_decode_kernel(v_prior.shape[2], q.device.type),
+            implementation=resolve_decode_kernel(v_prior.numel(), q.device.type),
             k_prior_transposed=self.k_cache_transposed,
         )
 

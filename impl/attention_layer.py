@@ -162,7 +162,7 @@ class AttentionLayer(AttentionCore):
                 norm_after_rope=(self.options.qk_layernorm_placement is QKNormPlacement.POST_ROPE),
                 interleaved=polar,
                 k_cache_transposed=self.k_cache_transposed,
-                implementation=resolve_decode_kernel(slots, hidden_states.device.type),
+                implementation=resolve_decode_kernel(v_cache.numel(), hidden_states.device.type),
             ),
             cos=cos if rotates else None,
             sin=sin if rotates else None,

@@ -20,8 +20,12 @@ logger = logging.getLogger("impl.strategy")
 NATIVE_LENGTHS = 512
 """Shorter prefills are computed at once: a tile or two would hold all their scores anyway."""
 
-NATIVE_SLOTS = 1024
-"""Shorter caches are read at once in decode: a tile or two would hold them anyway."""
+NATIVE_CACHE = 1 << 22
+"""Elements of a cache's values up to which decode reads it at once, in copies of 16 MiB at most.
+
+That is 4,096 slots of 8 heads of 128 channels: up to there the operators of the tiles cost more
+than what copies take from the processor's cache (`docs/impl-speed.md`).
+"""
 
 SDPA_DEVICES = ("cpu", "cuda")
 """Devices on which PyTorch's `scaled_dot_product_attention` is a fused kernel."""
@@ -225,18 +229,18 @@ def resolve_kernel(
     return _choice(strategy, Implementation.FLASH, reason)
 
 
-def resolve_decode_kernel(cache_len: int, device_type: str = "cpu") -> Implementation:
+def resolve_decode_kernel(cache_size: int, device_type: str = "cpu") -> Implementation:
     """Say what computes the attention of a decode step.
 
     Args:
-        cache_len: slots of the cache that the step reads.
+        cache_size: elements of the values that the step reads, of all rows and heads.
         device_type: where it runs.
 
     Returns:
-        NATIVE for fewer than `NATIVE_SLOTS` slots, and on neuron, whose compiler tiles the whole
+        NATIVE for at most `NATIVE_CACHE` elements, and on neuron, whose compiler tiles the whole
         itself; else FLASH, which copies nothing as long as the cache.
     """
-    if cache_len < NATIVE_SLOTS or device_type == "neuron":
+    if cache_size <= NATIVE_CACHE or device_type == "neuron":
         return Implementation.NATIVE
     return Implementation.FLASH
 

@@ -13,7 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+import torch
 from rich.table import Column, Table
+from threadpoolctl import threadpool_info
 
 PACKAGES = ("numpy", "torch", "onnx", "threadpoolctl")
 
@@ -118,6 +120,8 @@ def machine() -> dict[str, object]:
         "processors": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "blas": [x.get("architecture") for x in threadpool_info() if x["user_api"] == "blas"],
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
     }

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import Progress
 
 from conformance.benchmarks.figures import Figure, figure, ratios, table, take_turns, write_json
 from conformance.benchmarks.peak_memory import measure
+from conformance.terminal import console
 from golden import Causal, SlidingWindow, attend
 from golden.blockwise import attend_blockwise
 from golden.blockwise_pool import usable_threads
@@ -48,13 +48,13 @@ def run(json_path: Path | None, quick: bool) -> None:
         json_path: where to write the figures; None writes nothing.
         quick: shorter lengths and fewer turns: shows that it works, not how fast it is.
     """
-    console = Console()
+    output = console()
     lengths = (512, 1024) if quick else (512, 1024, 2048, 4096, 8192)
     windows = (2048, 4096) if quick else (32768, 65536)
     memory = ("window1024-s4096", "rows256-s65536") if quick else tuple(MEMORY_TARGETS)
     rounds = {length: 3 if quick else 15 if length <= 1024 else 5 for length in lengths}
     figures: list[Figure] = []
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=output, transient=True) as progress:
         for length in lengths:
             task = progress.add_task(f"causal {length}")
             figures += causal(length, rounds[length], _ticker(progress, task))
@@ -66,10 +66,10 @@ def run(json_path: Path | None, quick: bool) -> None:
         for case in memory:
             figures += memory_of(case)
             progress.advance(task)
-    console.print(table("golden, streamed, float64", figures))
+    output.print(table("golden, streamed, float64", figures))
     if json_path is not None:
         write_json(json_path, figures)
-        console.print(f"wrote {json_path}")
+        output.print(f"wrote {json_path}")
 
 
 def causal(length: int, rounds: int, tick: Callable[[int], Tick]) -> list[Figure]:

@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 
 from conformance.benchmarks import impl_memory
 from conformance.benchmarks.figures import Figure, figure, ratios, table, take_turns, write_json
 from conformance.benchmarks.impl_contenders import HEAD_DIM, HEADS, KV_HEADS, Step, contenders
 from conformance.generated import markdown_table, write_measured
+from conformance.terminal import console
 from impl.kernels.flash import flash_attention
 from impl.kernels.native import ScoreRule
 
@@ -55,7 +55,7 @@ def run(
         page: Markdown page whose tables to renew; None renews nothing.
         longest: leave out longer prefills; None leaves out none.
     """
-    console = Console()
+    output = console()
     prefills = {32: 1, 64: 1} if quick else {512: 7, 1024: 5, 2048: 3, 4096: 3, 8192: 3}
     if longest is not None:
         prefills = {length: rounds for length, rounds in prefills.items() if length <= longest}
@@ -63,7 +63,7 @@ def run(
     kernels = {64: 1} if quick else {1024: 5, 4096: 3}
     lengths = (64, 128) if quick else (4096, 8192)
     figures: list[Figure] = []
-    with torch.no_grad(), Progress(console=console, transient=True) as progress:
+    with torch.no_grad(), Progress(console=output, transient=True) as progress:
         total = len(DTYPES) * (len(prefills) + len(caches) + len(kernels)) + 1
         task = progress.add_task("impl", total=total)
         for dtype in DTYPES:
@@ -79,13 +79,13 @@ def run(
                 figures += layer(f"prefill/{_name(dtype)}/s{length}", step, rounds, quick)
                 progress.advance(task)
         figures += memory(*lengths)
-    console.print(table("impl: one layer, 32 heads on 8 KV heads of 128", figures))
+    output.print(table("impl: one layer, 32 heads on 8 KV heads of 128", figures))
     if json_path is not None:
         write_json(json_path, figures)
-        console.print(f"wrote {json_path}")
+        output.print(f"wrote {json_path}")
     if page is not None:
         write_measured(page, tables(figures))
-        console.print(f"wrote {page}")
+        output.print(f"wrote {page}")
 
 
 def tables(figures: Sequence[Figure]) -> str:

@@ -7,13 +7,12 @@ import os
 from itertools import chain
 from pathlib import Path
 
-from rich.console import Console
-
 from conformance.benchmarks.rules_cases import rules_cases
 from conformance.benchmarks.rules_report import figures, markdown, rich_table
 from conformance.benchmarks.rules_trials import Verdicts, verdicts_on
 from conformance.generated import write_measured
 from conformance.processes import in_processes
+from conformance.terminal import console
 
 
 def run(
@@ -31,7 +30,7 @@ def run(
         page: Markdown page whose measured part is replaced, None for none.
         jobs: processes.
     """
-    console = Console()
+    output = console()
     found: list[Verdicts] = list(
         chain.from_iterable(
             in_processes(
@@ -39,12 +38,12 @@ def run(
                 rules_cases(quick=quick),
                 jobs=jobs,
                 title="rules",
-                console=console,
+                console=output,
             )
         )
     )
     found.sort(key=lambda one: (one.case_id, one.kernel))
-    console.print(rich_table(found))
+    output.print(rich_table(found))
     if json_path is not None:
         json_path.write_text(json.dumps(figures(found), indent=2) + "\n", encoding="utf-8")
     if page is not None:

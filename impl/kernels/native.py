@@ -38,6 +38,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from impl.kernels.kept import zero_unless
 from impl.precision import compute_dtype
 
 
@@ -129,8 +130,7 @@ def _weighted_values(weights: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """
     batch, kv_heads, group, q_len, kv_len = weights.shape
     if mask is not None:
-        unused = ~mask.any(dim=2).unsqueeze(-1)
-        v = v.masked_fill(unused, 0.0)
+        v = zero_unless(v, mask.any(dim=2).unsqueeze(-1))
     rows = weights.to(v.dtype).to(weights.dtype).reshape(batch, kv_heads, group * q_len, kv_len)
     out = torch.matmul(rows, v.to(weights.dtype))
     return out.reshape(batch, kv_heads * group, q_len, v.shape[-1])

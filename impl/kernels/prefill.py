@@ -17,6 +17,7 @@ from torch import Tensor
 from impl.errors import ConfigError, explain
 from impl.kernels import native
 from impl.kernels.flash import flash_attention
+from impl.kernels.kept import nan_where, zero_unless
 from impl.kernels.native import ScoreRule
 from impl.kernels.nki import attention_cte
 from impl.kernels.nki_arguments import attention_cte_obstacle
@@ -163,7 +164,9 @@ def prefill(
         heads = _nki(q, k, v, rule, sink, keys_at, by_position, prior)
     else:
         heads = _flash(q, k, v, rule, sink, mask, keys_at, by_position, prior)
-    return heads.masked_fill((position_ids < 0)[:, None, :, None], 0.0) if by_position else heads
+    if not by_position:
+        return heads
+    return zero_unless(heads, (position_ids >= 0)[:, None, :, None], reuse=True)
 
 
 def _native(
@@ -255,7 +258,7 @@ def _nki(
             index < used[:, None], index, -1
         )
         broken = moved.any(dim=1) | (keys_at[:, 0] != used)
-        v = v.masked_fill(broken[:, None, None, None], float("nan"))
+        v = nan_where(v, broken[:, None, None, None])
         cached = {"k_prior": prior.k, "v_prior": prior.v, "prior_lengths": used}
     return attention_cte(
         q,
@@ -296,6 +299,6 @@ def _promised(
     broken = (valid & moved).any(dim=1)
     if padding_side == "right":
         broken = broken | (valid[:, 1:] & ~valid[:, :-1]).any(dim=1)
-    padding = ~valid[:, None, :, None]
-    k, v = k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)
-    return k, v.masked_fill(broken[:, None, None, None], float("nan"))
+    tokens = valid[:, None, :, None]
+    k, v = zero_unless(k, tokens), zero_unless(v, tokens)
+    return k, nan_where(v, broken[:, None, None, None], reuse=True)

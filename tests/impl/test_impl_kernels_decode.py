@@ -13,7 +13,7 @@ from impl import ConfigError, RotaryEmbedding
 from impl import strategy as strategies
 from impl.kernels import decode, flash_plan
 from impl.kernels.native import ScoreRule
-from impl.strategy import NATIVE_SLOTS, Implementation, resolve_decode_kernel
+from impl.strategy import NATIVE_CACHE, Implementation, resolve_decode_kernel
 
 BATCH, KV_HEADS, WIDTH, SLOTS, KV_TILE = 3, 2, 8, 11, 4
 
@@ -87,21 +87,21 @@ def test_a_layer_decodes_alike_with_either(
         past[0] = past[0].transpose(2, 3)
     call = {"position_ids": positions(1, 7), "past_key_value": tuple(past)}
     expected = made(tokens(1), **call).hidden_states
-    monkeypatch.setattr(strategies, "NATIVE_SLOTS", 1)
+    monkeypatch.setattr(strategies, "NATIVE_CACHE", 1)
     assert relative_error(made(tokens(1), **call).hidden_states, expected) < ROUNDOFF
 
 
 @pytest.mark.parametrize(
-    ("slots", "device", "expected"),
+    ("elements", "device", "expected"),
     [
-        (NATIVE_SLOTS - 1, "cpu", Implementation.NATIVE),
-        (NATIVE_SLOTS, "cpu", Implementation.FLASH),
-        (NATIVE_SLOTS, "cuda", Implementation.FLASH),
+        (NATIVE_CACHE, "cpu", Implementation.NATIVE),
+        (NATIVE_CACHE + 1, "cpu", Implementation.FLASH),
+        (NATIVE_CACHE + 1, "cuda", Implementation.FLASH),
         (1 << 20, "neuron", Implementation.NATIVE),
     ],
 )
-def test_long_caches_are_streamed(slots: int, device: str, expected: Implementation) -> None:
-    assert resolve_decode_kernel(slots, device) is expected
+def test_long_caches_are_streamed(elements: int, device: str, expected: Implementation) -> None:
+    assert resolve_decode_kernel(elements, device) is expected
 
 
 def test_decode_has_no_form_in_pytorchs_attention() -> None:

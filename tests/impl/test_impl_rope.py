@@ -12,6 +12,7 @@ from impl import (
     ShapeError,
     apply_rotary_polar_compatible,
     apply_rotary_pos_emb,
+    rope,
 )
 from impl.rope_scalings import yarn_mscale
 
@@ -324,3 +325,26 @@ def test_positions_of_other_axes_are_refused(section: list[int] | None) -> None:
     rotary = RotaryEmbedding(8, rope_parameters={"mrope_section": section})
     with pytest.raises(ShapeError, match="multimodal"):
         rotary(torch.zeros(1), torch.zeros(3, 2, 5, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("unsqueeze_dim", [1, 2])
+@pytest.mark.parametrize("rotary_dim", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rotate", [apply_rotary_pos_emb, apply_rotary_polar_compatible])
+def test_tokens_rotated_in_pieces_keep_every_bit(
+    rotate: Any,
+    dtype: torch.dtype,
+    rotary_dim: int,
+    unsqueeze_dim: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    polar = rotate is apply_rotary_polar_compatible
+    width = rotary_dim // 2 if polar else rotary_dim
+    cos, sin = torch.randn(2, 2, 7, width).to(torch.float32 if polar else dtype)
+    q, k = torch.randn(2, 2, 7, 3, 8).to(dtype)
+    if unsqueeze_dim == 1:
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+    whole = rotate(q, k, cos, sin, unsqueeze_dim)
+    monkeypatch.setattr(rope, "PIECE", 2 * 2 * 3 * 8)  # two tokens, one at the end
+    pieces = rotate(q, k, cos, sin, unsqueeze_dim)
+    assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
