@@ -44,7 +44,8 @@ class Path:
             sequence a row.
         window: `windowed_context_encoding_window_idx`.
         given: further arguments of forward: `norm and residual`, `adapters`, `cos_cache`,
-            `rotary_position_ids`, `kvcache_buffer`.
+            `rotary_position_ids`, `kvcache_buffer`, `scatter_index`, and with cached keys
+            `attention_mask`.
         run: fields of `NeuronConfig`.
     """
 
@@ -119,6 +120,7 @@ PATHS: dict[str, Path] = {
     "prefill full, cos and sin given": _prefill("full", given=("cos_cache", "sin_cache")),
     "decode full, draft": _decode("full", **_DRAFT),
     "decode window, draft": _decode("window", **_DRAFT),
+    "decode full, mask of slots": _decode("full", given=("attention_mask",)),
     "decode full, tree": _decode("full", q_len=3, among=_TREE),
     "prefill full, padding on the left": _prefill("full", run=_LEFT),
     # the streamed kernels and PyTorch's own
@@ -132,18 +134,22 @@ PATHS: dict[str, Path] = {
         "fused", q_len=3, among=_TREE, slots=1024, run={"k_cache_transposed": True}
     ),
     # a prompt whose start is cached
-    **{
-        f"prefill {layer}, first window": _prefill(
-            layer, window=0, mask="none", run={"windowed_context_encoding_size": 5}
-        )
-        for layer in ("full",)
-    },
+    "prefill full, first window": _prefill(
+        "full", window=0, mask="none", run={"windowed_context_encoding_size": 5}
+    ),
     **{
         f"prefill {layer}, second window": _prefill(
             layer, cached=True, window=1, run={"windowed_context_encoding_size": 5}
         )
         for layer in ("full", "window", "chunk", "nope")
     },
+    "prefill full, second window, mask of slots": _prefill(
+        "full",
+        cached=True,
+        window=1,
+        given=("attention_mask",),
+        run={"windowed_context_encoding_size": 5},
+    ),
     **{
         f"prefill {layer} after a cached prefix": _prefill(
             layer, q_len=129, cached=True, run=_PREFIX
@@ -182,6 +188,7 @@ PATHS: dict[str, Path] = {
     ),
     "prefill full, pages written": _prefill("full", manager=True, run=_pages()),
     "decode full, pages": _served("full", run=_pages()),
+    "decode full, pages by slot": _served("full", given=("scatter_index",), run=_pages()),
     "decode full, tiled pages": _served("full", slots=128, run=_pages(64, **_PREFIX)),
     "prefill full, tiled cache written": _prefill(
         "full", manager=True, slots=256, run={"kv_cache_tiling": True}

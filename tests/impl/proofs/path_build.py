@@ -29,6 +29,7 @@ from conformance.subjects.base import Adapters, InputNorm
 from conformance.subjects.impl_layer import Layer, make_layer
 from golden import AttentionConfig
 from impl import KVCacheManager
+from impl.kv_cache import slot_mapping
 
 _ROWS_ADAPTERS = [1, -1]
 
@@ -234,6 +235,9 @@ class _Maker:
         if path.packed is None and not path.cached and path.mask != "none":
             square = np.tril(np.ones((1, 1, path.q_len, path.q_len), dtype=bool))
             tensors["attention_mask"] = self.tensor(self.valid if path.mask == "tokens" else square)
+        if path.cached and "attention_mask" in path.given:
+            before = np.array(cached_lengths(path))[:, None]
+            tensors["attention_mask"] = self.tensor(np.arange(slots_of(path)) < before)
         if path.among is not None:
             tensors["active_mask"] = self.tensor(path.among[None, None])
         if self.normed:
@@ -325,6 +329,11 @@ def build(path: Path, dtype: torch.dtype) -> Built:
             served.write(maker.tensor(k), maker.tensor(v), before, maker.seq_ids)
         if served.tables is not None:
             tensors["active_block_table"] = served.tables
+        if "scatter_index" in path.given:
+            at = torch.from_numpy(maker.known)
+            size = path.run["pa_block_size"]
+            assert served.tables is not None
+            tensors["scatter_index"] = slot_mapping(served.tables, at, size)
         settled |= {"get_kv_per_layer": path.cached or path.packed is not None}
         settled |= {"update_kv_per_layer": True, "idx": 0}
         if "kvcache_buffer" in path.given:
