@@ -85,8 +85,15 @@ def add_and_normalise(
     """Add the residual, then take the root mean square norm: what a fused projection does first.
 
     N4: `s = hidden_states + residual`; the projections read `rms(s) * (weight_offset + weight)`.
-    N5: the residual that goes on is `s`. The public module's fused kernel hands back the hidden
-        states it was given instead, and its caller must know.
+    N5: the residual that goes on is `s`. With the stream `x` before a layer left as two summands,
+        the last block's output `h` and the stream `r` before it, `x = h + r`; the layer computes
+        `x + attention(norm(x))`, and its caller adds the attention's output to what comes back
+        here. Handing back `h` or `r` alone would drop the other from every later layer.
+
+        The public module means the same, though its code reads otherwise: it returns the tensor
+        of the hidden states it was given, into which, by its own comment, the fused kernel has
+        written the sum. A kernel that does not write it back, which nki-library's documentation
+        of `qkv` leaves open, would have to return it apart.
 
     Args:
         hidden_states: `(batch, q_len, hidden_size)`.

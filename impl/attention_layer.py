@@ -89,7 +89,13 @@ class AttentionLayer(AttentionCore):
         return self._layer_forward(step)
 
     def chunked_attention_forward(self, step: StepInputs) -> NeuronAttentionBaseOutput:
-        """Forward of a layer with `attention_chunk_size`; decodes one token a step."""
+        """Forward of a layer with `attention_chunk_size`; decodes one token a step.
+
+        Raises:
+            UnsupportedError: a decode step of several tokens. The module followed refuses it too
+                (`compute_for_token_gen`): its chunk cache forgets a chunk at its end, and drafts
+                rejected past that end could not be taken back.
+        """
         q_len = step.hidden_states.shape[1]
         if step.phase is Phase.TOKEN_GENERATION and q_len > 1:
             raise UnsupportedError(

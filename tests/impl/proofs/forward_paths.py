@@ -1,4 +1,7 @@
-"""Every forward path and every kind of layer, once: the table that the proofs run through."""
+"""Every forward path, every kind of layer and of cache, once: the table the proofs run through.
+
+`test_routes.py` fails when `impl` has a route, a cache or an argument that no path here takes.
+"""
 
 from __future__ import annotations
 
@@ -7,64 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from path_layers import LAYERS
 
 import golden
-from conformance.subjects.base import Adapters, InputNorm
-from conformance.subjects.impl_layer import make_layer
-from golden import AttentionConfig, Llama3Scaling, QKNorm, RopeConfig, TemperatureTuning
-from impl import InferenceConfig, KVCacheManager
-from impl.kv_cache import slot_mapping
+from golden import Quantisation
 
 CACHED, BLOCK = (7, 4), 4
 """Tokens that each row of the batch has cached before a step that reads a cache; a page's slots."""
-
-
-def _layer(**features: Any) -> AttentionConfig:
-    sizes = {
-        "hidden_size": 48,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-    }
-    return AttentionConfig(**{**sizes, **features})
-
-
-_LLAMA3 = Llama3Scaling(
-    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
-)
-_YARN = golden.YarnScaling(factor=4.0, original_max_position_embeddings=16, truncate=False)
-_POLAR = RopeConfig(pairing="interleaved")
-LAYERS = {
-    "full": _layer(rope=RopeConfig(), learned_sinks_size=1, qkv_bias=True, o_bias=True),
-    "window": _layer(rope=RopeConfig(scaling=_YARN), sliding_window=4, qk_norm=QKNorm()),
-    "window-polar": _layer(rope=_POLAR, sliding_window=3, learned_sinks_size=1),
-    "chunk": _layer(
-        rope=_POLAR,
-        attention_chunk_size=4,
-        qk_norm=QKNorm(placement="post_rope", weighted=False),
-    ),
-    "nope": _layer(
-        num_key_value_heads=6,
-        temperature_tuning=TemperatureTuning(floor_scale=4.0, attn_scale=0.5),
-        qk_norm=QKNorm(kind="layer", eps=1e-5),
-        softcap=5.0,
-    ),
-    "fused": _layer(
-        num_key_value_heads=1,
-        fused_qkv=True,
-        qkv_bias=True,
-        clip_qkv=1.5,
-        rope=RopeConfig(rotary_dim=4, scaling=_LLAMA3),
-    ),
-    "dynamic": _layer(
-        rope=RopeConfig(
-            scaling=golden.DynamicNTKScaling(factor=2.0, original_max_position_embeddings=4)
-        )
-    ),
-    "flat-norm": _layer(qk_norm=QKNorm(scope="projection"), rope=RopeConfig(rotary_dim=4)),
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,10 +31,21 @@ class Path:
             prefill and for one token.
         mask: of a prefill: `tokens` `(batch, seq_len)`, `square` `(1, 1, seq_len, seq_len)`, or
             `none`.
+        padding: tokens at the end of the second row that are none, at its start where
+            `padding_side` is left; of a prefill under a mask of `tokens`.
         manager: whether the layer reads and writes its cache itself.
-        own_slots: whether that cache is of the kind the layer needs: rolling, chunk or paged.
+        own_slots: whether that cache is of the kind the layer needs: rolling or chunk.
+        slots: of the cache of a sequence, and positions that the layer must reach; 0 is enough.
+        seq_ids: cache line of each row, of `LINES`; None takes lines in order.
+        stored: how keys and how values are stored; None is as they are.
+        cores: that keep a sequence together and are joined (flash decoding), each its own cache;
+            1 is none.
+        packed: new and cached tokens of each of the sequences packed into one row; None is one
+            sequence a row.
+        window: `windowed_context_encoding_window_idx`.
         given: further arguments of forward: `norm and residual`, `adapters`, `cos_cache`,
-            `rotary_position_ids`, `windowed_context_encoding_window_idx`.
+            `rotary_position_ids`, `kvcache_buffer`, `scatter_index`, and with cached keys
+            `attention_mask`.
         run: fields of `NeuronConfig`.
     """
 
@@ -91,311 +54,189 @@ class Path:
     cached: bool = False
     among: np.ndarray[Any, Any] | None = None
     mask: str = "tokens"
+    padding: int = 2
     manager: bool = False
     own_slots: bool = False
+    slots: int = 0
+    seq_ids: tuple[int, ...] | None = None
+    stored: tuple[Quantisation, Quantisation] | None = None
+    cores: int = 1
+    packed: tuple[tuple[int, int], ...] | None = None
+    window: int = -1
     given: tuple[str, ...] = ()
     run: Mapping[str, Any] = field(default_factory=dict)
 
 
-_PAGES = {"is_block_kv_layout": True, "pa_num_blocks": 8, "pa_block_size": BLOCK}
-_TABLES = torch.tensor([[5, 2, 7], [0, 3, 6]])
-_ROWS_ADAPTERS = [1, -1]
+LINES = 3
+"""Lines of a cache that is addressed by `seq_ids`."""
+
+
+def _pages(size: int = BLOCK, **run: Any) -> dict[str, Any]:
+    return {"is_block_kv_layout": True, "pa_num_blocks": 80, "pa_block_size": size, **run}
+
+
+def _prefill(layer: str, **more: Any) -> Path:
+    return Path(layer=layer, **more)
+
+
+def _decode(layer: str, **more: Any) -> Path:
+    return Path(layer=layer, **{"q_len": 1, "cached": True, **more})
+
+
+def _served(layer: str, **more: Any) -> Path:
+    """A decode step that reads its cache and writes it."""
+    return _decode(layer, manager=True, **more)
+
+
 _CHAIN = np.tril(np.ones((3, 3), dtype=bool))
 _TREE = golden.tree_mask([-1, 0, 0])
+_DRAFT: dict[str, Any] = {"q_len": 3, "among": _CHAIN}
+_LEFT = {"padding_side": "left"}
+_PREFIX = {"is_prefix_caching": True}
+_PER_HEAD, _PER_CHANNEL = np.array([0.03125, 0.0625]), np.full((2, 8), 0.015625)
+_STORED = {
+    "float8_e4m3fn": (Quantisation("float8_e4m3fn"),) * 2,
+    "float8_e5m2": (Quantisation("float8_e5m2"),) * 2,
+    "float8_e4m3fn, scaled": (
+        Quantisation("float8_e4m3fn", 0.5),
+        Quantisation("float8_e4m3fn", 2.0),
+    ),
+    "int8, a scale a head": (Quantisation("int8", _PER_HEAD),) * 2,
+    "int8, a scale a channel": (Quantisation("int8", _PER_CHANNEL),) * 2,
+}
+_DECODED_ALONE = ("longrope", "unit-norm", "deepseek", "axes-mixed", "block")
+"""Layers whose prefill is that of another layer: only their rotation differs, or their decode."""
+
 PATHS: dict[str, Path] = {
-    **{f"prefill {layer}": Path(layer=layer) for layer in LAYERS},
-    **{f"decode {layer}": Path(layer=layer, q_len=1, cached=True) for layer in LAYERS},
-    "prefill full, square mask": Path(layer="full", mask="square"),
-    "prefill window, no mask": Path(layer="window", mask="none"),
-    "prefill chunk, no mask": Path(layer="chunk", mask="none"),
-    "prefill full, cache written": Path(layer="full", manager=True),
-    "prefill full, fused norm and residual": Path(layer="full", given=("norm and residual",)),
-    "prefill full, adapters": Path(layer="full", given=("adapters",)),
-    "decode full, adapters": Path(layer="full", q_len=1, cached=True, given=("adapters",)),
-    "prefill window, positions for RoPE": Path(layer="window", given=("rotary_position_ids",)),
-    "prefill full, cos and sin given": Path(layer="full", given=("cos_cache", "sin_cache")),
-    "decode full, draft": Path(layer="full", q_len=3, cached=True, among=_CHAIN),
-    "decode window, draft": Path(layer="window", q_len=3, cached=True, among=_CHAIN),
-    "decode full, tree": Path(layer="full", q_len=3, cached=True, among=_TREE),
-    "decode full, cache read and written": Path(layer="full", q_len=1, cached=True, manager=True),
-    "decode full, draft, cache read and written": Path(
-        layer="full", q_len=3, cached=True, among=_CHAIN, manager=True
+    **{f"prefill {layer}": _prefill(layer) for layer in LAYERS if layer not in _DECODED_ALONE},
+    **{f"decode {layer}": _decode(layer) for layer in LAYERS},
+    "prefill full, square mask": _prefill("full", mask="square"),
+    "prefill window, no mask": _prefill("window", mask="none"),
+    "prefill chunk, no mask": _prefill("chunk", mask="none"),
+    "prefill full, fused norm and residual": _prefill("full", given=("norm and residual",)),
+    "prefill full, adapters": _prefill("full", given=("adapters",)),
+    "decode full, adapters": _decode("full", given=("adapters",)),
+    "prefill window, positions for RoPE": _prefill("window", given=("rotary_position_ids",)),
+    "prefill full, cos and sin given": _prefill("full", given=("cos_cache", "sin_cache")),
+    "decode full, draft": _decode("full", **_DRAFT),
+    "decode window, draft": _decode("window", **_DRAFT),
+    "decode full, mask of slots": _decode("full", given=("attention_mask",)),
+    "decode full, tree": _decode("full", q_len=3, among=_TREE),
+    "prefill full, padding on the left": _prefill("full", run=_LEFT),
+    # the streamed kernels and PyTorch's own
+    "prefill full, streamed": _prefill("full", q_len=512, padding=200),
+    "prefill window-polar, streamed, padding on the left": _prefill(
+        "window-polar", q_len=256, padding=100, run={**_LEFT, "logical_nc_config": 2}
+    ),
+    "prefill flat-norm, PyTorch's fused attention": _prefill("flat-norm", q_len=512, padding=200),
+    "decode full, streamed": _decode("full", slots=1024),
+    "decode fused, tree, transposed keys, streamed": _decode(
+        "fused", q_len=3, among=_TREE, slots=1024, run={"k_cache_transposed": True}
+    ),
+    # a prompt whose start is cached
+    "prefill full, first window": _prefill(
+        "full", window=0, mask="none", run={"windowed_context_encoding_size": 5}
     ),
     **{
-        f"prefill {layer}, second window": Path(
-            layer=layer,
-            cached=True,
-            given=("windowed_context_encoding_window_idx",),
-            run={"windowed_context_encoding_size": 5},
+        f"prefill {layer}, second window": _prefill(
+            layer, cached=True, window=1, run={"windowed_context_encoding_size": 5}
         )
         for layer in ("full", "window", "chunk", "nope")
     },
+    "prefill full, second window, mask of slots": _prefill(
+        "full",
+        cached=True,
+        window=1,
+        given=("attention_mask",),
+        run={"windowed_context_encoding_size": 5},
+    ),
     **{
-        f"prefill {layer} after a cached prefix": Path(
-            layer=layer, q_len=129, cached=True, run={"is_prefix_caching": True}
+        f"prefill {layer} after a cached prefix": _prefill(
+            layer, q_len=129, cached=True, run=_PREFIX
         )
         for layer in ("full", "window-polar")
     },
+    "prefill full after a cached prefix, streamed": _prefill(
+        "full", q_len=129, cached=True, run={**_PREFIX, "logical_nc_config": 2}
+    ),
+    "prefill full after a cached prefix, pages": _prefill(
+        "full", q_len=129, cached=True, manager=True, run=_pages(32, **_PREFIX)
+    ),
+    # each kind of cache, written by a prompt and read and written by a step
+    "prefill full, cache written": _prefill("full", manager=True),
+    "decode full, cache read and written": _served("full"),
+    "decode full, draft, cache read and written": _served("full", **_DRAFT),
+    "decode full, cache in a buffer": _served("full", given=("kvcache_buffer",)),
+    "prefill full, lines by sequence": _prefill("full", manager=True, seq_ids=(2, 0)),
+    "decode full, lines by sequence": _served("full", seq_ids=(2, 0)),
+    "decode full, lines by sequence, one unknown": _served("full", seq_ids=(1, -1)),
     **{
-        f"decode {layer}, its own cache": Path(
-            layer=layer, q_len=1, cached=True, manager=True, own_slots=True
+        f"prefill {layer}, its own cache written": _prefill(
+            layer, q_len=6, manager=True, own_slots=True
         )
+        for layer in ("window", "chunk")
+    },
+    **{
+        f"decode {layer}, its own cache": _served(layer, own_slots=True)
         for layer in ("window", "window-polar", "chunk")
     },
-    "decode window, draft, its own cache": Path(
-        layer="window",
-        q_len=3,
-        cached=True,
-        among=_CHAIN,
-        manager=True,
-        own_slots=True,
-        run={"speculation_length": 3},
+    "decode window, draft, its own cache": _served(
+        "window", own_slots=True, **_DRAFT, run={"speculation_length": 3}
     ),
-    "decode full, pages": Path(
-        layer="full", q_len=1, cached=True, manager=True, own_slots=True, run=_PAGES
+    "decode window, its own cache in a kernel's bucket": _served(
+        "window", own_slots=True, run={"attn_block_tkg_nki_kernel_cascaded_attention": True}
     ),
-    "decode fused, transposed keys": Path(
-        layer="fused", q_len=1, cached=True, run={"k_cache_transposed": True}
+    "prefill full, pages written": _prefill("full", manager=True, run=_pages()),
+    "decode full, pages": _served("full", run=_pages()),
+    "decode full, pages by slot": _served("full", given=("scatter_index",), run=_pages()),
+    "decode full, tiled pages": _served("full", slots=128, run=_pages(64, **_PREFIX)),
+    "prefill full, tiled cache written": _prefill(
+        "full", manager=True, slots=256, run={"kv_cache_tiling": True}
     ),
-    "decode fused, transposed keys, cache read and written": Path(
-        layer="fused", q_len=1, cached=True, manager=True, run={"k_cache_transposed": True}
+    "decode full, tiled cache": _served("full", slots=256, run={"kv_cache_tiling": True}),
+    "prefill full, left-padded cache written": _prefill("full", manager=True, run=_LEFT),
+    "decode full, left-padded cache": _served("full", run=_LEFT),
+    "decode fused, transposed keys": _decode("fused", run={"k_cache_transposed": True}),
+    "decode fused, transposed keys, cache read and written": _served(
+        "fused", run={"k_cache_transposed": True}
     ),
+    "decode full, core-sharded cache": _served("full", run={"flash_decoding_enabled": True}),
+    "decode full, cores joined": _served("full", cores=2, run={"flash_decoding_enabled": True}),
+    **{
+        f"prefill full, {kind} cache written": _prefill("full", manager=True, stored=stored)
+        for kind, stored in _STORED.items()
+    },
+    **{
+        f"decode full, {kind} cache": _served("full", stored=stored)
+        for kind, stored in _STORED.items()
+    },
+    "decode window, its own float8_e5m2 cache": _served(
+        "window", own_slots=True, stored=_STORED["float8_e5m2"]
+    ),
+    # sequences packed into one row
+    "packed full": _prefill(
+        "full", q_len=7, packed=((3, 0), (1, 0), (2, 0)), run={"is_chunked_prefill": True}
+    ),
+    **{
+        f"packed {layer}, pages": _prefill(
+            layer,
+            q_len=8,
+            manager=True,
+            packed=((3, 4), (1, 7), (0, 2), (2, 0)),
+            run=_pages(is_chunked_prefill=True),
+        )
+        for layer in ("full", "window-polar")
+    },
+    # a whole decode step as one function
+    **{
+        f"decode block, one function{more}": Path(
+            layer="block",
+            q_len=1,
+            cached=True,
+            manager=manager,
+            given=("norm and residual",),
+            run={"attn_block_tkg_nki_kernel_enabled": True, "k_cache_transposed": manager},
+        )
+        for more, manager in (("", False), (", transposed keys, cache read and written", True))
+    },
 }
-
-
-class Step(nn.Module):
-    """One call of forward with all but its tensors settled.
-
-    Args:
-        layer: the layer.
-        manager: the cache it reads and writes, or None.
-        norm: norm of the hidden states to fuse, or None.
-        settled: arguments of forward that are no tensors.
-    """
-
-    def __init__(
-        self,
-        layer: nn.Module,
-        manager: KVCacheManager | None,
-        norm: nn.Module | None,
-        settled: dict[str, Any],
-    ) -> None:
-        super().__init__()
-        self.layer, self.manager, self.norm = layer, manager, norm
-        self.settled = settled
-
-    def forward(self, **tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return output, K and V."""
-        past = {}
-        if "k_prior" in tensors:
-            past["past_key_value"] = (tensors.pop("k_prior"), tensors.pop("v_prior"))
-        if self.manager is not None:
-            past["kv_mgr"] = self.manager
-        result = self.layer(**tensors, **past, **self.settled, rmsnorm=self.norm)
-        return (result.hidden_states, *result.present_key_value)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Problem:
-    """What golden was given.
-
-    Attributes:
-        config: the layer.
-        weights: its arrays.
-        hidden_states: `(batch, q_len, hidden_size)`, after norm and residual if they are fused.
-        positions: `(batch, q_len)`, -1 for padding.
-        cache: what was cached before.
-    """
-
-    config: AttentionConfig
-    weights: golden.AttentionWeights
-    hidden_states: np.ndarray[Any, Any]
-    positions: np.ndarray[Any, Any]
-    cache: golden.ContiguousCache
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Built:
-    """A path ready to run.
-
-    Attributes:
-        step: the call, as a module of tensors.
-        tensors: what it takes.
-        expected: golden's output, K and V, float64, in the order of the step's; output alone
-            where a cache keeps K and V in slots of its own.
-        valid: `(batch, q_len)`, which tokens are no padding.
-        problem: what golden was given.
-    """
-
-    step: Step
-    tensors: dict[str, Tensor]
-    expected: tuple[np.ndarray[Any, Any], ...]
-    valid: np.ndarray[Any, Any]
-    problem: Problem
-
-
-def build(path: Path, dtype: torch.dtype) -> Built:
-    """Make a path's layer and inputs, which every dtype holds exactly."""
-    config = LAYERS[path.layer]
-    rng = np.random.default_rng(0)
-
-    def draw(shape: Any) -> np.ndarray[Any, Any]:
-        drawn: np.ndarray[Any, Any] = np.round(32.0 * rng.standard_normal(shape)) / 32.0
-        return drawn
-
-    weights = golden.make_weights(
-        config,
-        **{
-            name: ("norm" in name and "bias" not in name) + 0.25 * draw(shape)
-            for name, shape in golden.weight_shapes(config).items()
-        },
-    )
-    hidden = draw((2, path.q_len, config.hidden_size))
-    positions = np.stack([np.arange(path.q_len)] * 2)
-    valid = np.ones_like(positions, dtype=bool)
-    slots = 12 if path.q_len < 6 else max(CACHED) + path.q_len
-    cache = golden.empty_cache(config, batch=2, max_length=slots)
-    if path.cached:
-        positions += np.array(CACHED)[:, None]
-        shape = (2, config.num_key_value_heads, slots, config.head_dim)
-        held = [draw(shape) for _ in range(2)]
-        if path.manager:  # what a manager never wrote is zero; elsewhere slots hold anything
-            for row, length in enumerate(CACHED):
-                for values in held:
-                    values[row, :, length:] = 0.0
-        cache = golden.filled_cache(config, *held, np.array(CACHED))
-    elif path.mask == "tokens":
-        valid[1, 3:] = False
-
-    known = np.where(valid, positions, -1)
-
-    def tensor(array: Any) -> Tensor:
-        made = torch.from_numpy(np.array(array))
-        return made.to(dtype) if made.is_floating_point() else made
-
-    longest = slots if path.cached or path.manager else path.q_len
-    limits = ("sliding_window", "attention_chunk_size") if path.own_slots else ()
-    seen, scale = hidden, draw(config.hidden_size)
-    if "norm and residual" in path.given:
-        ones = np.ones_like(hidden)
-        seen = golden.add_and_normalise(hidden, weight=scale, residual=ones).hidden_states
-    down, up = _adapters(config, rng) if "adapters" in path.given else ({}, {})
-    layer, settled = make_layer(
-        config,
-        {name: tensor(getattr(weights, name)) for name in golden.weight_shapes(config)},
-        positions=longest,
-        run={"batch_size": 2, "seq_len": longest, **path.run},
-        model={name: getattr(config, name) for name in limits},
-        adapters=Adapters(
-            ids=torch.tensor(_ROWS_ADAPTERS),
-            down={name: tensor(a) for name, a in down.items()},
-            up={name: tensor(b) for name, b in up.items()},
-            scaling=tensor(np.array([0.5, 2.0])),
-        )
-        if down
-        else None,
-        input_norm=InputNorm(weight=tensor(scale), eps=1e-6)
-        if "norm and residual" in path.given
-        else None,
-    )
-    k_cache, v_cache = tensor(cache.k), tensor(cache.v)
-    tensors = {"hidden_states": tensor(hidden), "position_ids": torch.from_numpy(known)}
-    if not path.cached and path.mask != "none":
-        square = np.tril(np.ones((1, 1, path.q_len, path.q_len), dtype=bool))
-        tensors["attention_mask"] = tensor(valid if path.mask == "tokens" else square)
-    if path.among is not None:
-        tensors["active_mask"] = tensor(path.among[None, None])
-    manager = None
-    if path.manager:
-        manager, tables = _filled(path, layer.config, (k_cache, v_cache), known)
-        tensors |= tables
-        settled |= {"get_kv_per_layer": path.cached, "update_kv_per_layer": True, "idx": 0}
-    elif path.cached:
-        k_prior = k_cache.transpose(2, 3) if layer.k_cache_transposed else k_cache
-        tensors |= {"k_prior": k_prior.contiguous(), "v_prior": v_cache}
-    spread = None
-    if "norm and residual" in path.given:
-        tensors["residual"] = torch.ones_like(tensors["hidden_states"])
-    if down:
-        tensors["adapter_ids"] = torch.tensor(_ROWS_ADAPTERS)
-    if "windowed_context_encoding_window_idx" in path.given:
-        settled["windowed_context_encoding_window_idx"] = 1
-    if "rotary_position_ids" in path.given:
-        spread = 3 * positions
-        tensors["rotary_position_ids"] = torch.from_numpy(spread)
-    if "cos_cache" in path.given:
-        tensors["cos_cache"], tensors["sin_cache"] = layer.rotary_emb(
-            tensors["hidden_states"], tensors["position_ids"]
-        )
-    result = golden.forward(
-        config,
-        weights,
-        seen,
-        position_ids=known,
-        cache=cache,
-        active_mask=path.among,
-        rotary_position_ids=spread,
-        lora=golden.make_lora(
-            config,
-            adapter_ids=_ROWS_ADAPTERS,
-            down=down,
-            up=up,
-            scaling={name: np.array([0.5, 2.0]) for name in down},
-        ),
-    )
-    keys: tuple[np.ndarray[Any, Any], ...] = (result.cache.k, result.cache.v)
-    if path.own_slots:
-        keys = ()
-    elif not path.manager:
-        rows = np.arange(2)[:, None]
-        keys = tuple(held[rows, :, positions].transpose(0, 2, 1, 3) for held in keys)
-    elif layer.k_cache_transposed:
-        keys = (keys[0].transpose(0, 1, 3, 2), keys[1])
-    step = Step(layer, manager, settled.pop("rmsnorm", None), settled).eval().requires_grad_(False)
-    problem = Problem(
-        config=config, weights=weights, hidden_states=seen, positions=known, cache=cache
-    )
-    return Built(
-        step=step,
-        tensors=tensors,
-        expected=(result.output, *keys),
-        valid=valid,
-        problem=problem,
-    )
-
-
-def _adapters(
-    config: AttentionConfig, rng: np.random.Generator
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Draw two adapters of rank 3 for every projection: what goes down, what goes up."""
-    shapes = {name: golden.weight_shapes(config)[f"{name}_proj"] for name in "qkvo"}
-    down = {name: 0.3 * rng.standard_normal((2, 3, into)) for name, (_, into) in shapes.items()}
-    up = {name: 0.3 * rng.standard_normal((2, out, 3)) for name, (out, _) in shapes.items()}
-    return down, up
-
-
-def _filled(
-    path: Path,
-    config: InferenceConfig,
-    held: tuple[Tensor, Tensor],
-    positions: np.ndarray[Any, Any],
-) -> tuple[KVCacheManager, dict[str, Tensor]]:
-    """Make the cache of a path, write what it holds, and return what a call to it takes besides."""
-    tables: dict[str, Tensor] = {}
-    manager = KVCacheManager(config)
-    before = torch.arange(max(CACHED)).expand(2, -1)
-    before = before.masked_fill(before >= torch.tensor(CACHED)[:, None], -1)
-    past: dict[str, Tensor] = {}
-    if "pa_block_size" in path.run:
-        past = {
-            "active_block_table": _TABLES,
-            "scatter_index": slot_mapping(_TABLES, before, BLOCK),
-        }
-        slots = slot_mapping(_TABLES, torch.from_numpy(positions), BLOCK)
-        tables = {"active_block_table": _TABLES, "scatter_index": slots}
-    if path.cached:
-        k, v = (values[:, :, : max(CACHED)] for values in held)
-        manager.store(
-            0, manager.update_kv_by_layer_id(0, position_ids=before, kv_per_layer=(k, v), **past)
-        )
-    return manager, tables

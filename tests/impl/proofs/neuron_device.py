@@ -12,13 +12,21 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from judging import same_bits
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from impl import NeuronAttentionBase
+from impl.strategy import resolve_decode_kernel
 
 NAME = "neuron"
 
@@ -82,9 +90,27 @@ class Device(TorchDispatchMode):
         return tree_map(lambda leaf: OnDevice(leaf) if isinstance(leaf, Tensor) else leaf, results)
 
 
+@contextmanager
+def kernels_of(device: str) -> Iterator[None]:
+    """Let layers on the CPU take the kernels that they would take on a device."""
+    choice = NeuronAttentionBase.kernel_choice
+
+    def there(layer: Any, *arguments: Any, **named: Any) -> Any:
+        return choice(layer, *arguments, **{**named, "device_type": device})
+
+    decode = partial(resolve_decode_kernel, device_type=device)
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(NeuronAttentionBase, "kernel_choice", there))
+        for module in ("attention_core", "attention_layer"):
+            name = f"impl.{module}.resolve_decode_kernel"
+            patches.enter_context(patch(name, lambda slots, _: decode(slots)))
+        yield
+
+
 def run(step: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Run a step on the device and on the CPU."""
-    expected = step(**tensors)
+    """Run a step on the device, and on the CPU with the device's kernels."""
+    with kernels_of(NAME):
+        expected = step(**tensors)
     state = {**dict(step.named_parameters()), **dict(step.named_buffers())}
     held = {name: OnDevice(tensor.detach().clone()) for name, tensor in state.items()}
     given = {name: OnDevice(tensor.clone()) for name, tensor in tensors.items()}
@@ -95,14 +121,15 @@ def run(step: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
         "host": device.host,
         "devices": sorted({str(result.device) for result in results}),
         "same": all(
-            torch.equal(got.values, want) for got, want in zip(results, expected, strict=True)
+            same_bits(got.values, want) for got, want in zip(results, expected, strict=True)
         ),
     }
 
 
 def main() -> None:
     """Run every path, and steps that use the host on purpose."""
-    from forward_paths import PATHS, build
+    from forward_paths import PATHS
+    from path_build import build
     from proofs import Planted
 
     _setup_privateuseone_for_python_backend(NAME)

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forward_paths import CACHED, PATHS, Built, build
+from forward_paths import PATHS
 from impl_layers import ROUNDOFF
+from path_build import Built, build
+from path_layers import LAYERS
 from torch import Tensor
 
 import golden
@@ -25,6 +27,8 @@ TRAINED = [
     name
     for name, path in PATHS.items()
     if path.mask != "square" and not (path.manager or path.given or path.run)
+    # the limits are for sums of 100 terms; test_impl_kernels_flash.py has the streamed gradient
+    if max(path.q_len, path.slots) < 100
     if path.among is None or np.array_equal(path.among, np.tril(path.among | True))
 ]
 _NAMES = {
@@ -92,6 +96,7 @@ def expected_gradients(built: Built, upstream: list[np.ndarray[Any, Any]]) -> Gr
         given.hidden_states,
         upstream[0],
         position_ids=given.positions,
+        rotary_position_ids=given.rotary_positions,
         cache=given.cache,
         d_cache_k=after[0],
         d_cache_v=after[1],
@@ -99,7 +104,9 @@ def expected_gradients(built: Built, upstream: list[np.ndarray[Any, Any]]) -> Gr
     named = {name: getattr(found.weights, name) for name in golden.weight_shapes(given.config)}
     if given.config.fused_qkv:
         weight, bias = golden.fuse_qkv(found.weights)
-        named = {"Wqkv.weight": weight, "Wqkv.bias": bias, "o_proj": found.weights.o_proj}
+        apart = {f"{name}_{kind}" for name in "qkv" for kind in ("proj", "bias")}
+        named = {name: values for name, values in named.items() if name not in apart}
+        named |= {"Wqkv.weight": weight, "Wqkv.bias": bias}
     named["hidden_states"] = found.hidden_states
     if decodes:
         # the call does not write to what it is given; a slot it would write to is not read either
@@ -124,10 +131,12 @@ def test_backward_is_goldens_vector_jacobian_product(name: str, dtype: torch.dty
     assert worst(build(PATHS[name], dtype)) <= LIMITS[dtype]
 
 
-def test_every_kind_of_layer_trains_in_both_phases() -> None:
+def test_every_kind_of_layer_trains_in_every_phase_that_it_has_a_path_for() -> None:
     kinds = {(PATHS[name].layer, PATHS[name].cached) for name in TRAINED}
-    assert kinds == {(path.layer, cached) for path in PATHS.values() for cached in (True, False)}
-    assert len(CACHED) == 2
+    assert kinds >= {(layer, True) for layer in LAYERS}
+    assert kinds >= {
+        (path.layer, False) for path in PATHS.values() if path.packed is None and not path.cached
+    }
 
 
 class _Scaled(torch.autograd.Function):

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from forward_paths import PATHS, build
-from impl_layers import ROUNDOFF
-from judging import worst_error
+from forward_paths import PATHS
+from judging import roundoff, worst_error
+from path_build import build
 from proofs import Planted, as_one_graph, reviewed
 
 pytest.importorskip("torch_mlir", reason="the extra stablehlo is not installed")
@@ -33,7 +33,7 @@ def test_every_path_through_stablehlo_is_golden_in_float64(name: str, operators:
     assert "custom_call" not in program.stablehlo
     operators |= program.operators
     assert program.operators <= reviewed("stablehlo")
-    assert worst_error(built, results) <= ROUNDOFF
+    assert worst_error(built, results) <= roundoff(built)
 
 
 def test_no_reviewed_operator_is_stale(operators: set[str], request: pytest.FixtureRequest) -> None:
