@@ -173,7 +173,7 @@ def _gamma(norm: RMSWeight | None, dtype: torch.dtype) -> Tensor | None:
         return None
     weight = norm.weight
     if norm.offset:
-        weight = weight.to(compute_dtype(weight.dtype)) + norm.offset
+        weight = weight.to(compute_dtype(dtype)) + norm.offset
     return weight.to(dtype)[None, :]
 
 
