@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.machinery
 import sys
 from types import ModuleType, SimpleNamespace
@@ -27,6 +28,17 @@ class Recorder:
     def __getitem__(self, grid: int) -> Recorder:
         self.route.append(("grid", grid))
         return self
+
+
+def forget_operators() -> None:
+    """Unregister the operators that a test used, before the next ones are registered.
+
+    At once: an operator's end also takes the one of its name that was registered since, and left to
+    the garbage collector it comes in the midst of a later trace.
+    """
+    nki._operator.cache_clear()
+    torch.compiler.reset()
+    gc.collect()
 
 
 def module(name: str, **content: Any) -> ModuleType:

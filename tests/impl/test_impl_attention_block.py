@@ -9,7 +9,7 @@ import pytest
 import torch
 from block_tkg_standin import BlockStandin
 from impl_layers import ROUNDOFF, layer, model, relative_error
-from nki_packages import install_packages
+from nki_packages import forget_operators, install_packages
 from torch import Tensor, nn
 
 from impl import (
@@ -22,7 +22,7 @@ from impl import (
     RotaryEmbedding,
 )
 from impl.attention_block import AttentionBlock
-from impl.kernels import nki, nki_block_limits
+from impl.kernels import nki_block_limits
 from impl.slot_positions import LeftPaddedSlots, RollingSlots
 from impl.strategy import Implementation, KernelChoice, resolve_block_kernel
 
@@ -58,10 +58,9 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[BlockStandin]:
     """The stand-in, on a machine with a device."""
     standin = BlockStandin()
     install_packages(monkeypatch, "attention_block_tkg", standin, device=True)
-    nki._operator.cache_clear()
+    forget_operators()
     yield standin
-    nki._operator.cache_clear()
-    torch.compiler.reset()
+    forget_operators()
 
 
 @pytest.fixture

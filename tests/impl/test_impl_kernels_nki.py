@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from impl_layers import ROUNDOFF, layer, model, relative_error
-from nki_packages import Recorder, install_packages, module
+from nki_packages import Recorder, forget_operators, install_packages, module
 from torch import Tensor
 
 from impl import (
@@ -111,10 +111,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
         install_packages(monkeypatch, "attention_cte", kernel, device=device)
         return kernel
 
-    nki._operator.cache_clear()
+    forget_operators()
     yield put
-    nki._operator.cache_clear()
-    torch.compiler.reset()
+    forget_operators()
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -364,7 +363,7 @@ def test_it_stays_one_node_when_compiled_and_when_exported(install: Install, dev
         graphs.append(graph)
         return graph.forward
 
-    nki._operator.cache_clear()
+    forget_operators()
     compiled = torch.compile(Attention(), backend=backend, fullgraph=True, dynamic=False)
     assert torch.equal(compiled(*inputs), want)
     graphs.append(torch.export.export(Attention(), inputs).graph_module)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from block_tkg_standin import BlockStandin
 from impl_layers import ROUNDOFF, relative_error
-from nki_packages import install_packages
+from nki_packages import forget_operators, install_packages
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -69,10 +69,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
             monkeypatch.setattr(nki_block_limits, "DTYPES", served)
         return kernel
 
-    nki._operator.cache_clear()
+    forget_operators()
     yield put
-    nki._operator.cache_clear()
-    torch.compiler.reset()
+    forget_operators()
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -188,7 +187,7 @@ def test_masks_are_read_and_never_written() -> None:
 
 
 def test_a_token_that_sees_nothing_gets_the_projection_of_zeros(install: Install) -> None:
-    install()
+    kernel = install()
     for bias in (None, drawn(HIDDEN)):
         given = step(2, weights={"output_bias": bias, "sink": drawn(HEADS)})
         given["prior_mask"] = given["prior_mask"] & torch.tensor([True, False])[:, None, None, None]
@@ -197,6 +196,9 @@ def test_a_token_that_sees_nothing_gets_the_projection_of_zeros(install: Install
         assert relative_error(got.hidden_states, want.hidden_states) < ROUNDOFF
         blind = torch.zeros(HIDDEN, dtype=torch.float64) if bias is None else bias
         assert torch.equal(got.hidden_states[1, 0], blind)
+        # the kernel itself is never asked to divide by nothing
+        seen = kernel.calls[-1]["attention_mask"].sum(dim=0)
+        assert seen[:, 0].tolist() == [[90, 92], [1, 2]]
 
 
 @pytest.mark.parametrize("q_len", [1, 3])
@@ -378,7 +380,7 @@ def test_it_stays_one_node_when_compiled_and_when_exported(install: Install, dev
         graphs.append(graph)
         return graph.forward
 
-    nki._operator.cache_clear()
+    forget_operators()
     compiled = torch.compile(decode, backend=backend, fullgraph=True, dynamic=False)
     assert all(map(torch.equal, compiled(**tensors), want))
     before = len(kernel.calls)

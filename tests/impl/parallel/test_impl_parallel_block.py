@@ -8,14 +8,14 @@ import pytest
 import torch
 from block_tkg_standin import BlockStandin
 from impl_layers import ROUNDOFF, positions, relative_error, tokens
-from nki_packages import install_packages
+from nki_packages import forget_operators, install_packages
 from parallel_layers import BATCH, SEQ, build, checkpoint, encode
 from thread_ranks import on_ranks
 from torch import Tensor
 
 from impl import InferenceConfig, NeuronAttentionBase, NeuronConfig, RotaryEmbedding
 from impl.attention_block import AttentionBlock
-from impl.kernels import nki, nki_block_limits
+from impl.kernels import nki_block_limits
 
 STATE = {
     "q_proj.weight": (256, 128),
@@ -87,7 +87,7 @@ def test_the_kernel_of_every_rank_adds_up_to_the_layer_with_the_bias_once(
         "decode_kernel_choice",
         lambda self, *shape, **given: choose(self, *shape, **{**given, "device_type": "neuron"}),
     )
-    nki._operator.cache_clear()
+    forget_operators()
     generator = torch.Generator().manual_seed(2)
 
     def drawn(*shape: int) -> Tensor:
@@ -107,4 +107,4 @@ def test_the_kernel_of_every_rank_adds_up_to_the_layer_with_the_bias_once(
         assert relative_error(got, alone.hidden_states) < ROUNDOFF
     assert len(kernel.calls) == 2
     assert all(call["bias_out"] is None for call in kernel.calls)
-    nki._operator.cache_clear()
+    forget_operators()

@@ -17,7 +17,7 @@ import pytest
 import torch
 from block_tkg_standin import BlockStandin
 from impl_layers import ROUNDOFF
-from nki_packages import install_packages
+from nki_packages import forget_operators, install_packages
 from torch import Tensor
 
 import golden
@@ -26,7 +26,7 @@ from conformance.subjects.impl_layer import make_layer
 from golden import AttentionConfig, QKNorm, RopeConfig
 from impl import KVCacheManager
 from impl.attention_block import AttentionBlock
-from impl.kernels import nki, nki_block_limits
+from impl.kernels import nki_block_limits
 from impl.strategy import KernelChoice
 
 CACHED, SLOTS = (70, 9), 128
@@ -104,9 +104,9 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[BlockStandin]:
         return choose(self, *shape, **{**given, "device_type": "neuron"})
 
     monkeypatch.setattr(AttentionBlock, "decode_kernel_choice", choice)
-    nki._operator.cache_clear()
+    forget_operators()
     yield made
-    nki._operator.cache_clear()
+    forget_operators()
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
