@@ -39,6 +39,9 @@ KERNEL_FIELDS = (
     "qkv_nki_kernel_enabled",
 )
 
+# Those of them for which a kernel is bound, in `impl.kernels.nki`.
+BOUND_FIELDS = ("attn_kernel_enabled", "attn_block_tkg_nki_kernel_enabled")
+
 
 class FlashAttentionStrategy(Enum):
     """Prefill kernels of NxD Inference."""
@@ -51,7 +54,7 @@ class FlashAttentionStrategy(Enum):
 
 
 class Implementation(Enum):
-    """Who computes a prefill."""
+    """Who computes a prefill, or a decode step."""
 
     NATIVE = "native"
     """The plain torch form: any positions and any mask, all scores at once."""
@@ -60,7 +63,7 @@ class Implementation(Enum):
     FLASH = "flash"
     """The streamed torch form: everything, a tile of scores at a time."""
     NKI = "nki"
-    """nki-library's `attention_cte`: bfloat16 heads of at most 128, causal or full."""
+    """nki-library's `attention_cte` in prefill, its `attention_block_tkg` in decode."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +71,7 @@ class KernelChoice:
     """What was asked for and what runs.
 
     Attributes:
-        strategy: the kernel that the configuration and the shapes select.
+        strategy: the prefill kernel that the configuration and the shapes select; NONE in decode.
         implementation: what computes the result.
         reason: why, in words.
     """
@@ -173,9 +176,9 @@ def warn_of_unbound_kernels(run: NeuronConfig, *, attention_bound: bool = False)
 
     Args:
         run: how the layer is run.
-        attention_bound: the prefill kernel can be had here.
+        attention_bound: NKI kernels of prefill and of the decode block can be had here.
     """
-    bound = {"attn_kernel_enabled"} if attention_bound else set()
+    bound = set(BOUND_FIELDS) if attention_bound else set()
     asked = [name for name in KERNEL_FIELDS if getattr(run, name) and name not in bound]
     if asked:
         logger.warning("no NKI kernel is bound: torch forms run for %s", asked)
@@ -243,6 +246,40 @@ def resolve_decode_kernel(cache_size: int, device_type: str = "cpu") -> Implemen
     if cache_size <= NATIVE_CACHE or device_type == "neuron":
         return Implementation.NATIVE
     return Implementation.FLASH
+
+
+def resolve_block_kernel(
+    cache_size: int,
+    *,
+    device_type: str = "cpu",
+    block_obstacle: str | None = None,
+    nki_obstacle: str | None = "no NKI kernel was asked for",
+) -> KernelChoice:
+    """Say what computes a decode step, and why.
+
+    Args:
+        cache_size: as in `resolve_decode_kernel`.
+        device_type: where it runs.
+        block_obstacle: why the step is not one call of the block; None if it is.
+        nki_obstacle: why nki-library's block cannot compute it, or cannot be had; None if it can.
+
+    Returns:
+        The first that fits:
+
+        | condition | who |
+        | --- | --- |
+        | `block_obstacle` | the layer, its attention by `resolve_decode_kernel` |
+        | on neuron, no `nki_obstacle` | NKI |
+        | otherwise | the block's torch form, its attention likewise |
+    """
+    none, torch_form = FlashAttentionStrategy.NONE, resolve_decode_kernel(cache_size, device_type)
+    if block_obstacle is not None:
+        return _choice(none, torch_form, f"the layer computes the step: {block_obstacle}")
+    if device_type != "neuron":
+        nki_obstacle = f"no NKI kernel runs on {device_type}"
+    if nki_obstacle is None:
+        return _choice(none, Implementation.NKI, "nki-library's attention_block_tkg serves it")
+    return _choice(none, torch_form, f"the block's torch form serves every case; {nki_obstacle}")
 
 
 def _choice(

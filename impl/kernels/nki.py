@@ -1,13 +1,13 @@
-"""The bridge to nki-library: its prefill kernel as one operator, one node of a graph.
+"""The bridge to nki-library: a kernel as one operator, one node of a graph.
 
 Nothing is imported until a kernel is asked for. With torch-neuronx the operator is registered by
 `torch_neuronx.nki_op` and the kernel is wrapped by `wrap_nki`; where only `nki` and `nkilib` are
 there, the same call runs in `nki.simulate`. Without them a call raises `DeviceError` that says what
 is missing. No Neuron hardware and no `nki` package was used in making this: tests hold the
-arguments against the kernel's documentation with a stand-in.
+arguments against the kernels' documentation with stand-ins.
 
-Only `attention_cte` is bound. `attention_block_tkg`, the whole decode step, is not: its torch form
-is `impl.kernels.token_generation_block`.
+Bound are `attention_cte`, attention of a prefill, here, and `attention_block_tkg`, a whole decode
+step, in `impl.kernels.nki_block`.
 
 Source: Neuron documentation, "How to work with NKI kernels from torch-neuronx" and "nki.simulate";
 the kernel's own is cited in `impl.kernels.nki_arguments`.
@@ -28,7 +28,10 @@ from impl.errors import DeviceError, UnsupportedError, explain
 from impl.kernels.nki_arguments import attention_cte_calls
 
 OPERATOR = "impl_nki::attention_cte"
-MODULES = {"attention_cte": "nkilib.core.attention.attention_cte"}
+MODULES = {
+    "attention_cte": "nkilib.core.attention.attention_cte",
+    "attention_block_tkg": "nkilib.experimental.transformer.attention_block_tkg",
+}
 """Where nki-library keeps each kernel that is bound."""
 
 
@@ -85,12 +88,7 @@ def load(kernel: str, logical_nc_config: int = 1) -> Callable[..., Any]:
     """
     if kernel not in MODULES:
         raise UnsupportedError(
-            explain(
-                "kernel",
-                f"be one that is bound: {', '.join(MODULES)}",
-                kernel,
-                "impl.kernels.token_generation_block is the torch form of a decode step",
-            )
+            explain("kernel", f"be one that is bound: {', '.join(MODULES)}", kernel)
         )
     where = runtime()
     try:
@@ -170,17 +168,32 @@ def _launch(
     )
 
 
+def _fake(q: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(q)
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _register() -> None:
     """Register the operator, once; outside the graph when a compiler traces the caller."""
-    _operator(runtime())
+    register(OPERATOR, _launch, _fake)
+
+
+def register(name: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register `launch`, which changes no argument, as an operator; `fake` is it without values.
+
+    Raises:
+        DeviceError: no NKI kernel runs here.
+    """
+    _operator(runtime(), name, launch, fake)
 
 
 @functools.cache
-def _operator(where: Runtime) -> Any:
-    register: Callable[..., Any] = torch.library.custom_op
+def _operator(
+    where: Runtime, name: str, launch: Callable[..., Any], fake: Callable[..., Any]
+) -> Any:
+    decorator: Callable[..., Any] = torch.library.custom_op
     if where is Runtime.DEVICE:
-        register = require_torch_neuronx().nki_op
-    operator = register(OPERATOR, mutates_args=())(_launch)
-    operator.register_fake(lambda q, *_: torch.empty_like(q))
+        decorator = require_torch_neuronx().nki_op
+    operator = decorator(name, mutates_args=())(launch)
+    operator.register_fake(fake)
     return operator

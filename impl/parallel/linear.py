@@ -87,8 +87,20 @@ class RowParallelLinear(nn.Linear):
         """
         if self.group.size == 1:
             return super().forward(input)
-        product = functional.linear(input, self.weight).to(self.reduce_dtype)
-        total = all_reduce(product, self.group) if reduce is None else reduce(product)
+        return self.add_up(functional.linear(input, self.weight), reduce)
+
+    def add_up(self, product: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Add the products of several ranks, and the bias once.
+
+        Args:
+            product: this rank's, `(..., out_features)`, in the layer's dtype, without bias.
+            reduce: as in `forward`.
+
+        Returns:
+            As in `forward`.
+        """
+        wide = product.to(self.reduce_dtype)
+        total = all_reduce(wide, self.group) if reduce is None else reduce(wide)
         if self.bias is not None:
             total = total + self.bias.to(total.dtype)
-        return total.to(input.dtype)
+        return total.to(product.dtype)

@@ -85,7 +85,7 @@ def test_the_block_gives_the_bits_of_the_layer(
         calls.append(1)
         return right(*arguments, **named)
 
-    monkeypatch.setattr("impl.attention_layer.token_generation_block", counted)
+    monkeypatch.setattr("impl.attention_block.token_generation_block", counted)
     arguments = call(features, dtype, fused.k_cache_transposed)
     before = [t.clone() for t in arguments["past_key_value"]]
     expected, got = plain(**arguments), fused(**arguments)
