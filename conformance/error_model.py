@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conformance.covariance import RowCovariance
+from conformance.ordered_sums import Path
 from conformance.precision import PrecisionProfile
 from conformance.rounding_runs import EXCESS, MARGIN, Dither, nearest_runs
 from conformance.score_tests import Direction, ScoreTest, score_tests
@@ -163,9 +164,10 @@ def draw(
     """Run golden as often as asked, with `profile`'s roundings; takes what `predict_scale` does."""
     stored: dict[str, list[Array]] = {name: [] for name in expected}
     independent: dict[str, list[Array]] = {name: [] for name in expected}
+    paths: list[Path] = []
     for run in range(runs):
         rng = np.random.Generator(np.random.SFC64([seed, run]))
-        observed = evaluate(observe=Dither(profile, rng, frozenset(last.values())))
+        observed = evaluate(observe=Dither(profile, rng, frozenset(last.values()), paths))
         for name, exact in expected.items():
             error = (observed[name] - exact) / EXCESS
             form = FORMATS[profile.stores.get(last.get(name, ""), "float64")]
@@ -211,7 +213,15 @@ def _scale(errors: Array, expected: Array, rows: RowMask) -> ErrorScale:
             of_element = np.maximum(of_element, variance / _SHARE)
         row_squares[run] = ratio(square.mean(axis=-1), of_row, counted)
         largest[run] = ratio(square, of_element, counted[..., None]).max(initial=0.0)
-    return ErrorScale(np.sqrt(row_variance), np.sqrt(variance), row_squares, largest, runs)
+    # a new error over a variance known from few has a larger mean square than 1, as theirs has
+    excess = float(row_squares[:runs, counted].mean()) if counted.any() else 1.0
+    return ErrorScale(
+        np.sqrt(row_variance * excess),
+        np.sqrt(variance * excess),
+        row_squares / excess,
+        largest / excess,
+        runs,
+    )
 
 
 def ratio(value: Array, scale: Array, counted: RowMask) -> Array:

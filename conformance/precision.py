@@ -62,6 +62,8 @@ class PrecisionProfile:
         exp_ulps: error of exp, tanh, powers, sine and cosine beyond rounding, in ulps of the
             stage's format.
         operands: format that products round what they read to, as tensor cores do; empty for none.
+        order: `sequence` if terms are added in the order of their indices, keys and channels, each
+            a product rounded before it is added; empty if any order is as likely as any other.
     """
 
     name: str
@@ -73,6 +75,7 @@ class PrecisionProfile:
     lanes: int = 4
     exp_ulps: float = 0.5
     operands: str = ""
+    order: str = ""
 
     def __post_init__(self) -> None:
         unknown = sorted(self.stores.keys() - set(_ALL_STAGES))
@@ -83,6 +86,13 @@ class PrecisionProfile:
             raise UsageError(
                 f"formats must be among {', '.join(FORMATS)}, got "
                 f"{', '.join(sorted(formats - FORMATS.keys()))}"
+            )
+        if self.order not in ("", "sequence"):
+            raise UsageError(f"order must be 'sequence' or empty, got {self.order!r}")
+        if self.order and self.accumulation != "float32":
+            raise UsageError(
+                "accumulation must be float32 where an order of sums is claimed, got "
+                f"{self.accumulation}"
             )
         if min(self.block_length, self.lanes) < 1 or self.exp_ulps < 0:
             raise UsageError(
@@ -143,6 +153,25 @@ def flash(dtype: str) -> PrecisionProfile:
         reason="online softmax: scores in float32, unnormalised weights stored in the model's "
         "dtype, one division at the end",
         stores=stores,
+    )
+
+
+def in_sequence(dtype: str) -> PrecisionProfile:
+    """Every operation of attention correctly rounded, sums in the order of keys and channels.
+
+    Weights are relative to the row's largest score or sink and stay unnormalised: the sums of
+    weights times values are divided by the sum of weights, the sink its last term. The order is
+    claimed where sums are stored as they are accumulated; a coarser store hides it.
+    """
+    claims = flash(dtype)
+    return replace(
+        claims,
+        name=f"in-sequence-{dtype}",
+        reason="sums in the order of keys and channels, functions rounded correctly, one division "
+        "at the end",
+        stores={stage: form for stage, form in claims.stores.items() if stage != "weights"},
+        exp_ulps=0.0,
+        order="sequence" if dtype == claims.accumulation else "",
     )
 
 
@@ -228,6 +257,7 @@ PROFILES: dict[str, Callable[[str], PrecisionProfile]] = {
     "eager": eager,
     "native": native,
     "flash": flash,
+    "in-sequence": in_sequence,
     "sdpa": sdpa,
     "tkg": token_generation,
     "nki": nki,

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from conformance.ordered_sums import Path, claimed, nearest_sums, path_of
 from conformance.precision import PrecisionProfile
 from conformance.sums import accumulation_error
 from golden import FORMATS, Accumulation, Array
@@ -47,11 +48,16 @@ class Dither:
         profile: where to round, and to what.
         rng: source of the randomness.
         left: stages that get the other errors but are not rounded: their caller does that.
+        paths: of products of queries and keys in the claimed order, by how many came before in a
+            run: all runs share those that the first finds.
     """
 
     profile: PrecisionProfile
     rng: np.random.Generator
     left: frozenset[str] = frozenset()
+    paths: list[Path] = field(default_factory=list)
+    _products: int = 0
+    _total: Array | float = 1.0
 
     def __call__(
         self, stage: str, value: Array, accumulation: Accumulation | None = None, /
@@ -60,7 +66,11 @@ class Dither:
         stored = self.profile.stores.get(stage)
         if stored is None:
             return value
-        if accumulation is not None and stored == self.profile.accumulation:
+        if accumulation is not None and claimed(self.profile, stage, accumulation):
+            value = self._in_order(stage, value, accumulation)
+            if stage == "qk" or stage == "denominator":
+                return value
+        elif accumulation is not None and stored == self.profile.accumulation:
             error = accumulation_error(self.profile, stage, value, accumulation, self.rng)
             value = value + EXCESS * error
         # a coarser store hides what a function errs by beyond it
@@ -72,11 +82,25 @@ class Dither:
             return value
         return FORMATS[stored].stochastic(value, self.rng, margin=MARGIN)
 
-    def _normal(self, scale: Array) -> Array:
-        return self.rng.standard_normal(scale.shape) * (EXCESS * scale)
+    def _in_order(self, stage: str, value: Array, sums: Accumulation) -> Array:
+        """Return sums of claimed order with their errors, undivided where that comes last."""
+        if stage != "qk":
+            found = nearest_sums(self.profile, stage, value, sums, self._total)
+            value = value + EXCESS * (found - value)
+            if stage == "denominator":
+                self._total = value
+            return value
+        if self._products == len(self.paths):
+            self.paths.append(path_of(self.profile, stage, value, sums))
+        path = self.paths[self._products]
+        self._products += 1
+        noise = self.rng.standard_normal(value.shape) * np.sqrt(path.variance) - path.lost
+        value = value + EXCESS * noise
+        stored = FORMATS[self.profile.accumulation].stochastic(value, self.rng, margin=MARGIN)
+        return np.where(path.last > 0.0, stored, value)  # the last addition stores it
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Nearest:
     """Observer that rounds each stored stage to nearest: a correct subject of this profile.
 
@@ -93,6 +117,7 @@ class Nearest:
     tile: int | None = None
     backwards: bool = False
     rng: np.random.Generator | None = None
+    _total: Array | float = 1.0
 
     def __call__(
         self, stage: str, value: Array, accumulation: Accumulation | None = None, /
@@ -101,6 +126,11 @@ class Nearest:
         stored = self.profile.stores.get(stage)
         if stored is None:
             return value
+        if self.tile is None and accumulation is not None:
+            if claimed(self.profile, stage, accumulation):
+                value = nearest_sums(self.profile, stage, value, accumulation, self._total)
+            if stage == "denominator":
+                self._total = value
         if stage == "exp" and self.rng is not None:
             value = value + self._approximation(value, self.rng) * FORMATS[stored].ulp(value)
         if stage == "unnormalised_weights" and self.tile is not None:

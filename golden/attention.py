@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,6 +120,10 @@ def attend(
             lambda: np.square(exps).sum(axis=-1, keepdims=True) + np.square(sunk),
             lambda: seen() + (sinks is not None),  # the sink is a term of its own
             lambda: total - np.maximum(exps.max(axis=-1, keepdims=True, initial=0.0), sunk),
+            terms=lambda: itertools.chain(
+                (exps[..., key] for key in _each(kv_len)),
+                [] if sinks is None else [np.broadcast_to(sunk, top.shape)],
+            ),
         ),
     )
     exps = observe("unnormalised_weights", exps)
@@ -131,6 +137,9 @@ def attend(
             lambda: _mix(np.square(weights), _squared(v), visible),
             lambda: seen() if v.all() else _terms(np.broadcast_to(visible, weights.shape), v),
             lambda: _but_the_largest(weights, v),
+            terms=lambda: (
+                _mix(weights[..., key], v[:, :, key], visible[..., key]) for key in _each(kv_len)
+            ),
         ),
     )
     with np.errstate(divide="ignore"):
@@ -157,7 +166,12 @@ def _scores(q: Array, k: Array, scale: float, softcap: float | None, observe: Ob
         "qk",
         grouped_matmul(q, k.swapaxes(-1, -2)),
         Accumulation(
-            q.shape[-1], lambda: grouped_matmul(np.square(q), np.square(k).swapaxes(-1, -2))
+            q.shape[-1],
+            lambda: grouped_matmul(np.square(q), np.square(k).swapaxes(-1, -2)),
+            terms=lambda: (
+                grouped_matmul(q[..., channel], k[..., channel].swapaxes(-1, -2))
+                for channel in _each(q.shape[-1])
+            ),
         ),
     )
     scores = observe("scores", products * scale)
@@ -165,6 +179,11 @@ def _scores(q: Array, k: Array, scale: float, softcap: float | None, observe: Ob
         ratio = observe("softcap_ratio", scores / softcap)
         scores = observe("softcap", softcap * observe("softcap_tanh", np.tanh(ratio)))
     return scores
+
+
+def _each(count: int) -> Iterator[slice]:
+    """Cut so many neighbours into slices of one."""
+    return (slice(index, index + 1) for index in range(count))
 
 
 def grouped_matmul(rows: Array, columns: Array) -> Array:

@@ -7,7 +7,7 @@ to predict an error, or rewrites them to imitate a known bug, without a second c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
@@ -95,12 +95,15 @@ class Accumulation:
             broadcastable to the value; None is `length` everywhere.
         rest: computes how large the sum is likely to be without its largest term: the terms' sum
             where all are positive, else the root of their sum of squares; None is unknown.
+        terms: yields the terms of all sums in order, each shaped like the value, masked ones as
+            zeros: as many as `length`, and those that a stage adds besides; None is unknown.
     """
 
     length: int
     squares: Callable[[], Array]
     visible: Callable[[], Array] | None = None
     rest: Callable[[], Array] | None = None
+    terms: Callable[[], Iterator[Array]] | None = None
 
     def count(self) -> Array:
         """Return how many terms each sum adds, broadcastable to the value."""

@@ -127,6 +127,20 @@ def false_alarms(*, shared: bool, cases: int, runs: int) -> int:
     return found
 
 
+@pytest.mark.parametrize("runs", [8, 32])
+def test_mean_square_of_a_new_draw_is_1_though_few_runs_know_a_variance(runs: int) -> None:
+    rng = np.random.default_rng(runs)
+    directions = rng.standard_normal((4000, 32))
+    drawn = errors(rng, runs + 2, directions)  # one degree of freedom a row
+    rows = np.ones(4000, dtype=np.bool_)
+    scale = _scale(drawn[:-1], np.zeros((4000, 32)), rows)
+    found = scale.standardised(drawn[-1], rows)[1].mean()
+    # over its own estimate a square has the mean K / (K - 2), 1.33 of 8 runs. Against one run less
+    # it is (K - 1) / (K - 3), cut off a little; so 1 to 5 %, and 4,000 rows know it to 4 %
+    assert found == pytest.approx(1.0, abs=0.15)
+    assert np.mean(scale.row_squares[:runs]) == pytest.approx(1.0)
+
+
 def test_independent_errors_of_the_model_raise_no_alarm() -> None:
     assert false_alarms(shared=False, cases=40, runs=FEW_RUNS) == 0
     assert FALSE_ALARM_RATE * 40 < 1e-4

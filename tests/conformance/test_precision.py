@@ -34,7 +34,9 @@ FLOAT8 = {"flash-e4m3": "float8_e4m3fn", "flash-e5m2": "float8_e5m2"}
 def test_in_float32_every_stage_is_stored_in_float32(name: str) -> None:
     stores = profile_named(name, "float32").stores
     assert set(stores.values()) == {"float32"}
-    assert stores.keys() == STAGES.keys() | CALL_STAGES.keys()
+    # one division at the end, to the letter: normalised weights are never formed
+    left_out = {"weights"} if name == "in-sequence" else set()
+    assert stores.keys() == (STAGES.keys() | CALL_STAGES.keys()) - left_out
 
 
 def test_profiles_differ_in_the_scores_and_in_which_weights_they_round() -> None:
@@ -54,6 +56,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "accumulation": ({"accumulation": "int8"}, "formats must be among .* got int8"),
     "block length": ({"block_length": 0}, "block_length .* must be positive"),
     "exp": ({"exp_ulps": -1.0}, "exp_ulps not negative"),
+    "order": ({"order": "random"}, "order must be 'sequence' or empty, got 'random'"),
+    "order of float64": (
+        {"order": "sequence", "accumulation": "float64"},
+        "accumulation must be float32 where an order of sums is claimed, got float64",
+    ),
 }
 
 
