@@ -110,6 +110,11 @@ def main() -> None:
     help="Call the subject again with changes that must change no bit; auto: beyond smoke.",
 )
 @click.option(
+    "--defects",
+    is_flag=True,
+    help="Also record which known defects each core case would not reject; costs a judgement each.",
+)
+@click.option(
     "--results",
     type=click.Path(dir_okay=False, path_type=Path),
     default=Path("results.jsonl"),
@@ -142,6 +147,7 @@ def run(
     rate: float,
     in_run: int | None,
     exact: str,
+    defects: bool,
     results: Path,
     report: Path,
     jobs: int,
@@ -164,6 +170,7 @@ def run(
     options += ["--profile", profile] if profile else []
     options += ["--model", model] if model else []
     options += ["--exact-rules", exact]
+    options += ["--defects"] if defects else []
     options += ["--false-alarm-rate", str(rate), "--cases-in-run", str(in_run or total)]
     named = (("--subject", subjects), ("--suite", suites), ("--preset", presets), ("--case", ids))
     for name, values in named:
@@ -236,12 +243,15 @@ def _print_failures(results: Results, limit: int = 10) -> None:
 
 
 @main.command("list")
-@click.argument("what", type=click.Choice(["cases", "presets", "subjects", "profiles"]))
+@click.argument("what", type=click.Choice(["cases", "presets", "subjects", "profiles", "defects"]))
 @_SUBJECT
 @_TIER
 @_SUITE
 @_PRESET
 @_MODEL
+@click.option(
+    "--case", "text", metavar="ID", help="With defects: those that this core case misses."
+)
 def list_(
     what: str,
     subject: str,
@@ -249,8 +259,12 @@ def list_(
     suites: tuple[str, ...],
     presets: tuple[str, ...],
     model: str | None,
+    text: str | None,
 ) -> None:
-    """List cases, presets, subjects or profiles."""
+    """List cases, presets, subjects, profiles, or known defects and what a case makes of them."""
+    if what == "defects":
+        _list_defects(text)
+        return
     if what == "cases":
         try:
             loaded = load_subject(subject)
@@ -285,6 +299,30 @@ def list_(
         table.add_column("rounds like this")
         for name, build in PROFILES.items():
             table.add_row(name, build("bfloat16").reason)
+    _console.print(table)
+
+
+def _list_defects(text: str | None) -> None:
+    from conformance.case_ids import parse
+    from conformance.defects import DEFECTS
+    from conformance.undetected import judged_defects
+
+    table = Table(box=None)
+    table.add_column("defect", no_wrap=True)
+    table.add_column("what it does wrong")
+    if text is None:
+        table.add_column("source")
+        for defect in DEFECTS:
+            table.add_row(defect.id, defect.title, defect.source)
+    else:
+        table.add_column("this case")
+        try:
+            for defect, passes in judged_defects(parse(text)):
+                table.add_row(
+                    defect.id, defect.title, f"vacuous: {passes}" if passes else "rejects"
+                )
+        except UsageError as error:
+            raise _Failure(str(error)) from error
     _console.print(table)
 
 

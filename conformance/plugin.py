@@ -91,6 +91,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="call the subject again with changes that must change no bit (default: auto, for "
         "features, serving and core beyond the smoke tier)",
     )
+    group.addoption(
+        "--defects",
+        action="store_true",
+        help="also run the known defects on each core case and record those it would not reject",
+    )
     group.addoption("--results", default=None, metavar="PATH", help="write records as JSON Lines")
     group.addoption("--report", default=None, metavar="PATH", help="write the HTML report")
 

@@ -106,6 +106,8 @@ class CaseRecord:
         traceback: the subject's traceback when it crashed.
         power: smallest error of each parameter that the case would find, `parameter [unit]`.
         vacuous: outputs of which the case could not tell zeros from the truth.
+        undetected: known defects that the case would not reject, by id, with why; empty unless
+            the run asked.
     """
 
     case_id: str
@@ -131,6 +133,7 @@ class CaseRecord:
     traceback: str = ""
     power: Mapping[str, float] = field(default_factory=dict)
     vacuous: tuple[str, ...] = ()
+    undetected: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.verdict not in VERDICTS:

@@ -63,6 +63,8 @@ def blocks(case: CaseRecord) -> Iterator[Block]:
             title="Vacuous",
             pairs=tuple((output, "zeros would pass here too") for output in case.vacuous),
         )
+    if case.undetected:
+        yield Facts(title="Known defects not rejected here", pairs=tuple(case.undetected.items()))
     if case.traceback:
         yield Code(title="Traceback", text=cut(case.traceback, LONGEST_TRACEBACK))
     if case.reproduce:

@@ -111,9 +111,7 @@ def _newest_lost(problem: Problem) -> Problem:
 
 
 def _windowed(case: Case) -> bool:
-    window = case.config.sliding_window
-    work = case.workload
-    return window is not None and max(work.lengths) + work.prior + work.steps > window + 1
+    return case.config.sliding_window is not None
 
 
 MASK_DEFECTS = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from conformance.cases import Case
@@ -9,6 +11,7 @@ from conformance.false_alarms import FalseAlarms
 from conformance.plugin import attach
 from conformance.runner import judge_case
 from conformance.subjects import Subject
+from conformance.undetected import undetected
 
 
 def test_subject_conforms(
@@ -21,6 +24,8 @@ def test_subject_conforms(
         option == "auto" and beyond_smoke and case.suite in ("features", "serving", "core")
     )
     record = judge_case(case, subject, alarms=alarms, exact_rules=exact)
+    if request.config.getoption("defects") and record.verdict != "UNSUPPORTED":
+        record = replace(record, undetected=undetected(case, alpha=alarms.per_case))
     attach(request, record)
     if record.verdict == "UNSUPPORTED":
         pytest.skip(f"UNSUPPORTED: {record.reason}")

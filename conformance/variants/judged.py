@@ -13,7 +13,7 @@ from conformance.cases import Case
 from conformance.error_model import ErrorScale
 from conformance.expected import Reference, reference
 from conformance.inputs import CoreInputs, draw_core
-from conformance.judge import Judgement, judge_outputs
+from conformance.judge import FALSE_ALARM_RATE, Judgement, judge_outputs
 from conformance.looks import look
 from conformance.precision import profile_named
 from conformance.runner import predicted
@@ -61,7 +61,7 @@ class JudgedCase:
             self.scales[key] = predicted(self.case, self.inputs, self.expected, claimed, runs=runs)
         return self.scales[key]
 
-    def judge(self, output: Array, profile: str) -> Judgement:
+    def judge(self, output: Array, profile: str, *, alpha: float = FALSE_ALARM_RATE) -> Judgement:
         """Judge an output under a profile, with more runs before finding anything wrong."""
         return look(
             self.expected.outputs,
@@ -71,6 +71,7 @@ class JudgedCase:
                 self.expected.outputs,
                 self.expected.rows,
                 scales,
+                alpha=alpha,
                 group_size=self.case.config.group_size,
             ),
         )[0]
