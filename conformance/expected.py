@@ -41,7 +41,7 @@ class Reference:
         evaluate: runs the golden again: with an observer (`observe=`), with another configuration
             of the same shapes (`config=`), or with some arrays replaced by name (`weights=`;
             scope `core` has `sinks` alone). Scope `core` can evaluate some queries alone
-            (`queries=`, a slice of them).
+            (`queries=`, a slice of them), and leave out keys that none of them sees (`keys=`).
     """
 
     outputs: Outputs
@@ -76,13 +76,14 @@ def _core(case: Case, inputs: CoreInputs) -> Callable[..., Outputs]:
         config: AttentionConfig = case.config,
         weights: Mapping[str, Array] = MappingProxyType({}),
         queries: slice = slice(None),
+        keys: slice = slice(None),
     ) -> Outputs:
         attended = golden.attend(
             inputs.q[:, :, queries],
-            inputs.k,
-            inputs.v,
+            inputs.k[:, :, keys],
+            inputs.v[:, :, keys],
             q_positions=inputs.q_positions[:, queries],
-            kv_positions=inputs.kv_positions,
+            kv_positions=inputs.kv_positions[:, keys],
             mask=golden.layer_mask(config),
             softmax_scale=config.softmax_scale,
             sinks={**given, **weights}["sinks"],
