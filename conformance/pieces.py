@@ -15,7 +15,6 @@ import numpy as np
 
 import golden
 from conformance.inputs import CoreInputs
-from golden.attention import visible_keys
 
 WHOLE = 1 << 22
 """Scores of all queries from which on a core is cut; fewer are one piece."""
@@ -61,7 +60,7 @@ def core_pieces(
     for start, stop in pairwise(edges):
         part = chosen[start:stop]
         piece = slice(part.start, part.stop, part.step)
-        seen = visible_keys(mask, inputs.q_positions[:, piece], inputs.kv_positions)
+        seen = golden.visible_keys(mask, inputs.q_positions[:, piece], inputs.kv_positions)
         keys = np.flatnonzero(seen.any(axis=(0, 1, 2)))
         # a row that sees nothing still needs a key not to see
         reach = slice(int(keys[0]), int(keys[-1]) + 1) if len(keys) else slice(0, 1)

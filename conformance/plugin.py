@@ -91,6 +91,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="call the subject again with changes that must change no bit (default: auto, for "
         "features, serving and core beyond the smoke tier)",
     )
+    group.addoption(
+        "--cache-dir",
+        default=None,
+        metavar="DIR",
+        help="keep golden's outputs and error scales there for later runs (default: "
+        "$ATTN_CONFORMANCE_CACHE, or nowhere)",
+    )
+    group.addoption(
+        "--cache-mb",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="megabytes that directory may take (default: %(default)d)",
+    )
     group.addoption("--results", default=None, metavar="PATH", help="write records as JSON Lines")
     group.addoption("--report", default=None, metavar="PATH", help="write the HTML report")
 
