@@ -25,6 +25,7 @@ from conformance.cases import Case
 from conformance.errors import UsageError
 from conformance.false_alarms import STANDARD, FalseAlarms
 from conformance.runner import inputs_of, judge_case
+from conformance.scale_cache import cache_in
 from conformance.subjects.base import LayerOutput, Subject
 from conformance.subjects.serving import ServeOutput
 from reports.records import CaseRecord, Statistic
@@ -74,7 +75,7 @@ def assert_conforms(
     """
     case = parse(case) if isinstance(case, str) else case
     subject = _subject(kernel, case, profile)
-    record = judge_case(case, subject, alarms=alarms, exact_rules=exact_rules)
+    record = judge_case(case, subject, alarms=alarms, exact_rules=exact_rules, cache=cache_in(None))
     if record.verdict == "UNSUPPORTED":
         raise UsageError(f"{subject.name} does not claim {case.id}: {record.reason}")
     if record.failed:
@@ -106,7 +107,7 @@ def judge_output(
         profile=profile,
         serves=case.scope == "layer",
     )
-    return judge_case(case, subject, alarms=alarms)
+    return judge_case(case, subject, alarms=alarms, cache=cache_in(None))
 
 
 def case_inputs(case: Case | str) -> Call:

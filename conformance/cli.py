@@ -63,6 +63,12 @@ _PAGE = click.option(
     type=click.Path(dir_okay=False, path_type=Path),
     help="Markdown page whose measured part to renew, such as docs/rules.md.",
 )
+_CACHE_DIR = click.option(
+    "--cache-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    envvar="ATTN_CONFORMANCE_CACHE",
+    help="Keep golden's outputs and error scales there for later runs.",
+)
 _MODEL = click.option("--model", metavar="NAME", help="Real model with its weights: smollm2.")
 
 
@@ -128,6 +134,14 @@ def main() -> None:
     show_default=True,
     help="Where the HTML report goes.",
 )
+@_CACHE_DIR
+@click.option(
+    "--cache-mb",
+    type=click.IntRange(min=1),
+    default=2048,
+    show_default=True,
+    help="Megabytes that directory may take.",
+)
 @click.option(
     "-j",
     "--jobs",
@@ -150,6 +164,8 @@ def run(
     defects: bool,
     results: Path,
     report: Path,
+    cache_dir: Path | None,
+    cache_mb: int,
     jobs: int,
 ) -> None:
     """Judge one subject or several and write results and report."""
@@ -171,6 +187,7 @@ def run(
     options += ["--model", model] if model else []
     options += ["--exact-rules", exact]
     options += ["--defects"] if defects else []
+    options += ["--cache-dir", str(cache_dir), "--cache-mb", str(cache_mb)] if cache_dir else []
     options += ["--false-alarm-rate", str(rate), "--cases-in-run", str(in_run or total)]
     named = (("--subject", subjects), ("--suite", suites), ("--preset", presets), ("--case", ids))
     for name, values in named:
@@ -408,7 +425,7 @@ def certify(output: Path | None) -> None:
 
 
 @main.command()
-@click.argument("what", type=click.Choice(["golden", "impl", "rules"]))
+@click.argument("what", type=click.Choice(["golden", "impl", "judge", "rules"]))
 @click.option(
     "--json",
     "output",
@@ -425,11 +442,16 @@ def certify(output: Path | None) -> None:
 def bench(
     what: str, output: Path | None, quick: bool, page: Path | None, longest: int | None
 ) -> None:
-    """Measure speed of golden or impl, or acceptance rules, against named peers in the same run."""
+    """Measure golden, impl, the judge or acceptance rules against peers in the same run."""
     if what == "rules":
         from conformance.benchmarks import rules
 
         rules.run(output, quick, page=page)
+        return
+    if what == "judge":
+        from conformance.benchmarks import judge_speed
+
+        judge_speed.run(output, quick, page=page)
         return
     if what == "impl":
         from conformance.benchmarks import impl_speed
@@ -456,6 +478,24 @@ def calibrate(runs: int, records: Path | None, page: Path | None) -> None:
     from conformance import calibration
 
     calibration.run(page, runs, records=records)
+
+
+@main.command()
+@click.argument("what", type=click.Choice(["info", "clear"]))
+@_CACHE_DIR
+def cache(what: str, cache_dir: Path | None) -> None:
+    """Say what the cache of error scales holds, or remove it."""
+    from conformance.scale_cache import ScaleCache
+
+    if cache_dir is None:
+        raise _Failure("cache needs --cache-dir or the variable ATTN_CONFORMANCE_CACHE")
+    kept = ScaleCache(cache_dir)
+    if what == "clear":
+        click.echo(f"removed {kept.clear()} files from {cache_dir}")
+        return
+    files = kept.files()
+    size = sum(about.st_size for _, about in files) / 2**20
+    click.echo(f"{cache_dir}: {len(files)} files, {size:.1f} MB")
 
 
 @main.command()

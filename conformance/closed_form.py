@@ -16,13 +16,14 @@ more. From the same stages come the derivatives of the output with respect to wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 from conformance.error_model import Evaluate
+from conformance.pieces import Piece
 from conformance.precision import PrecisionProfile
 from golden import FORMATS, Accumulation, Array, AttentionConfig
 from golden.attention import grouped_matmul
@@ -38,13 +39,13 @@ class ClosedForm(NamedTuple):
     Attributes:
         variance: of each element's error, shaped like the output.
         scale: derivative of the output with respect to the logarithm of the softmax scale.
-        softcap: likewise the soft cap; None without.
+        softcap: likewise the soft cap; zero without.
         sink: with respect to a common shift of all sinks; zero without.
     """
 
     variance: Array
     scale: Array
-    softcap: Array | None
+    softcap: Array
     sink: Array
 
 
@@ -151,12 +152,15 @@ def rounding_variance(form: Format, x: Array) -> Array:
     their fixed gap; those of bfloat16 are left to the gap of normal numbers, 2**-252 at most.
     """
     drop = np.uint64(53 - form.precision)
-    variance = np.zeros_like(x)
-    told = (x != 0.0) & np.isfinite(x)  # half the weights are masked: zeros cost most of the time
-    values = x[told]
-    low = values.view(np.uint64) >> drop << drop
+    bits = np.ascontiguousarray(x).view(np.uint64)
+    low = bits >> drop << drop
     upper = (low + (np.uint64(1) << drop)).view(np.float64)
-    variance[told] = (values - low.view(np.float64)) * (upper - values) / 2
+    with np.errstate(invalid="ignore"):  # infinity less itself
+        upper -= x
+        upper *= x - low.view(np.float64)
+    upper *= 0.5
+    variance = upper
+    variance[~np.isfinite(x)] = 0.0
     if form.min_exponent > -126:
         tiny = np.abs(x) < 2.0**form.min_exponent
         gap = 2.0 ** (form.min_exponent - (form.precision - 1))
@@ -166,19 +170,42 @@ def rounding_variance(form: Format, x: Array) -> Array:
 
 
 def closed_form(
-    evaluate: Evaluate, v: Array, config: AttentionConfig, profile: PrecisionProfile
+    evaluate: Evaluate,
+    v: Array,
+    config: AttentionConfig,
+    profile: PrecisionProfile,
+    pieces: Iterable[Piece] = (Piece(),),
 ) -> ClosedForm:
     """Evaluate the closed form on a case of scope `core`.
 
     Args:
-        evaluate: runs golden; called with `observe=`.
+        evaluate: runs golden; called with `observe=`, `queries=` and `keys=`.
         v: values, `(batch, num_key_value_heads, kv_len, head_dim)`.
         config: the layer.
         profile: what the subject claims; its output is coarser than its sums.
+        pieces: all queries in order, with the keys they see.
     """
+    parts = [_piece(evaluate, v, config, profile, piece) for piece in pieces]
+    variance, scale, softcap, sink = zip(*parts, strict=True)
+    return ClosedForm(_joined(variance), _joined(scale), _joined(softcap), _joined(sink))
+
+
+def _joined(parts: Sequence[Array]) -> Array:
+    return np.concatenate(parts, axis=2)
+
+
+def _piece(
+    evaluate: Evaluate,
+    v: Array,
+    config: AttentionConfig,
+    profile: PrecisionProfile,
+    piece: Piece,
+) -> tuple[Array, Array, Array, Array]:
+    """Return the fields of the closed form for some queries."""
     stages = Stages(profile, config, lambda stage, form, x: rounding_variance(form, x))
-    evaluate(observe=stages)
+    evaluate(observe=stages, queries=piece.queries, keys=piece.keys)
     p, o = stages.seen["weights"], stages.seen["attn"]
+    v = v[:, :, piece.keys]
     variance = stages.stored("attn", o) + internal_variance(stages, v)
 
     def moved_by(h: Array) -> Array:
@@ -187,11 +214,10 @@ def closed_form(
         return moved
 
     x, cap = stages.seen["scores"], config.softcap
-    by_cap = None
-    slope = x
+    by_cap, slope = np.zeros_like(o), x
     if cap is not None:
         ratio = stages.seen["softcap_tanh"]
         slope = x * (1.0 - np.square(ratio))
         by_cap = moved_by(cap * ratio - slope)
     sink = -o * (1.0 - p.sum(axis=-1, keepdims=True)) if config.learned_sinks_size else 0 * o
-    return ClosedForm(np.maximum(variance, 0.0), moved_by(slope), by_cap, sink)
+    return np.maximum(variance, 0.0), moved_by(slope), by_cap, sink

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -13,6 +14,7 @@ import golden
 from conformance.cases import Case
 from conformance.error_model import Evaluate, Outputs, RowMask
 from conformance.inputs import CoreInputs, LayerInputs
+from conformance.scale_cache import ScaleCache
 from conformance.serve_expected import INPUT_NORM_EPS, ServeGolden, serve_rows
 from conformance.serve_inputs import ServeInputs
 from golden import (
@@ -41,7 +43,7 @@ class Reference:
         evaluate: runs the golden again: with an observer (`observe=`), with another configuration
             of the same shapes (`config=`), or with some arrays replaced by name (`weights=`;
             scope `core` has `sinks` alone). Scope `core` can evaluate some queries alone
-            (`queries=`, a slice of them).
+            (`queries=`, a slice of them), and leave out keys that none of them sees (`keys=`).
     """
 
     outputs: Outputs
@@ -49,8 +51,15 @@ class Reference:
     evaluate: Evaluate
 
 
-def reference(case: Case, inputs: Inputs) -> Reference:
-    """Evaluate the golden on a case's inputs."""
+def reference(case: Case, inputs: Inputs, cache: ScaleCache | None = None) -> Reference:
+    """Evaluate the golden on a case's inputs.
+
+    Args:
+        case: the case.
+        inputs: its inputs.
+        cache: where outputs may be kept; those of a schedule are not, since golden's later runs
+            need what its first one wrote.
+    """
     if isinstance(inputs, ServeInputs):
         served = ServeGolden(case, inputs)
         return Reference(served.exact, serve_rows(case, inputs), served.evaluate)
@@ -64,7 +73,8 @@ def reference(case: Case, inputs: Inputs) -> Reference:
         used = inputs.position_ids >= 0
         written = np.repeat(used[:, None], case.config.num_key_value_heads, axis=1)
         rows = {"output": used, "k_cache": written, "v_cache": written}
-    return Reference(evaluate(), rows, evaluate)
+    outputs = evaluate() if cache is None else cache.outputs(case, inputs, evaluate)
+    return Reference(outputs, rows, evaluate)
 
 
 def _core(case: Case, inputs: CoreInputs) -> Callable[..., Outputs]:
@@ -76,13 +86,14 @@ def _core(case: Case, inputs: CoreInputs) -> Callable[..., Outputs]:
         config: AttentionConfig = case.config,
         weights: Mapping[str, Array] = MappingProxyType({}),
         queries: slice = slice(None),
+        keys: slice = slice(None),
     ) -> Outputs:
         attended = golden.attend(
             inputs.q[:, :, queries],
-            inputs.k,
-            inputs.v,
+            inputs.k[:, :, keys],
+            inputs.v[:, :, keys],
             q_positions=inputs.q_positions[:, queries],
-            kv_positions=inputs.kv_positions,
+            kv_positions=inputs.kv_positions[:, keys],
             mask=golden.layer_mask(config),
             softmax_scale=config.softmax_scale,
             sinks={**given, **weights}["sinks"],
@@ -116,7 +127,8 @@ def _layer(case: Case, inputs: LayerInputs) -> Callable[..., Outputs]:
         return golden.project_qkv(case.config, inputs.weights, hidden, lora=lora, observe=observe)
 
     # nothing is observed before the products of a bare layer, so they are the same in every run
-    known = project(unobserved) if lora is None and inputs.input_norm is None else None
+    bare = lora is None and inputs.input_norm is None
+    known = functools.cache(lambda: project(unobserved))
 
     def evaluate(
         *,
@@ -126,7 +138,7 @@ def _layer(case: Case, inputs: LayerInputs) -> Callable[..., Outputs]:
     ) -> Outputs:
         result: LayerResult
         arrays = replace(inputs.weights, **weights)
-        projected = project(observe) if known is None else known
+        projected = known() if bare else project(observe)
         rest: dict[str, Any] = {
             "position_ids": positions,
             "observe": observe,

@@ -96,6 +96,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="also run the known defects on each core case and record those it would not reject",
     )
+    group.addoption(
+        "--cache-dir",
+        default=None,
+        metavar="DIR",
+        help="keep golden's outputs and error scales there for later runs (default: "
+        "$ATTN_CONFORMANCE_CACHE, or nowhere)",
+    )
+    group.addoption(
+        "--cache-mb",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="megabytes that directory may take (default: %(default)d)",
+    )
     group.addoption("--results", default=None, metavar="PATH", help="write records as JSON Lines")
     group.addoption("--report", default=None, metavar="PATH", help="write the HTML report")
 

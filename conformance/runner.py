@@ -26,6 +26,7 @@ from conformance.observed import Malformed, check_finite, observe
 from conformance.precision import PrecisionProfile, profile_named
 from conformance.real_models import real_layer_inputs
 from conformance.sampled_rows import is_long, predict_sampled
+from conformance.scale_cache import ScaleCache
 from conformance.schedule_ids import render_cache, render_parts
 from conformance.serve_inputs import draw_serve
 from conformance.subjects.base import Subject, Unsupported
@@ -56,7 +57,12 @@ def inputs_of(case: Case) -> Inputs:
 
 
 def judge_case(
-    case: Case, subject: Subject, *, alarms: FalseAlarms = STANDARD, exact_rules: bool = False
+    case: Case,
+    subject: Subject,
+    *,
+    alarms: FalseAlarms = STANDARD,
+    exact_rules: bool = False,
+    cache: ScaleCache | None = None,
 ) -> CaseRecord:
     """Judge a subject on a case.
 
@@ -65,6 +71,7 @@ def judge_case(
         subject: what to judge.
         alarms: chance of a false alarm, and the number of cases that share it.
         exact_rules: whether to call the subject again with changes that must change no bit.
+        cache: where golden's outputs and the error scales may be kept.
 
     Returns:
         The record; a failure of the subject, even a crash, is a verdict and not an exception.
@@ -83,7 +90,7 @@ def judge_case(
     clock = _Clock()
     with clock.timing("golden"):
         inputs = inputs_of(case)
-        expected = reference(case, inputs)
+        expected = reference(case, inputs, cache)
     try:
         with clock.timing("subject"):
             returned = subject.function(call_of(case, inputs))
@@ -109,8 +116,13 @@ def judge_case(
     alpha = alarms.per_case
 
     def predict(runs: int) -> Mapping[str, ErrorScale]:
-        with clock.timing("error model"):
+        def compute() -> Mapping[str, ErrorScale]:
             return predicted(case, inputs, expected, profile, runs=runs)
+
+        with clock.timing("error model"):
+            if cache is None:
+                return compute()
+            return cache.scales(case, inputs, profile, runs, compute)
 
     def judge(outputs: Outputs, scales: Mapping[str, ErrorScale]) -> Judgement:
         return judge_outputs(

@@ -7,6 +7,7 @@ import torch
 
 from conformance.false_alarms import FalseAlarms
 from conformance.plugin import resolve
+from conformance.scale_cache import ScaleCache, cache_in
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -22,6 +23,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def alarms(request: pytest.FixtureRequest) -> FalseAlarms:
     """The run's chance of a false alarm, shared by all selected cases."""
     return resolve(request.config).alarms
+
+
+@pytest.fixture(scope="session")
+def scale_cache(request: pytest.FixtureRequest) -> ScaleCache | None:
+    """Where golden's outputs and error scales are kept, if anywhere."""
+    return cache_in(request.config.getoption("cache_dir"), request.config.getoption("cache_mb"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,12 +10,17 @@ from conformance.cases import Case
 from conformance.false_alarms import FalseAlarms
 from conformance.plugin import attach
 from conformance.runner import judge_case
+from conformance.scale_cache import ScaleCache
 from conformance.subjects import Subject
 from conformance.undetected import undetected
 
 
 def test_subject_conforms(
-    case: Case, subject: Subject, alarms: FalseAlarms, request: pytest.FixtureRequest
+    case: Case,
+    subject: Subject,
+    alarms: FalseAlarms,
+    scale_cache: ScaleCache | None,
+    request: pytest.FixtureRequest,
 ) -> None:
     """Judge one case; the record goes to the results whatever the verdict."""
     option = request.config.getoption("exact_rules")
@@ -23,7 +28,7 @@ def test_subject_conforms(
     exact = option == "on" or (
         option == "auto" and beyond_smoke and case.suite in ("features", "serving", "core")
     )
-    record = judge_case(case, subject, alarms=alarms, exact_rules=exact)
+    record = judge_case(case, subject, alarms=alarms, exact_rules=exact, cache=scale_cache)
     if request.config.getoption("defects") and record.verdict != "UNSUPPORTED":
         record = replace(record, undetected=undetected(case, alpha=alarms.per_case))
     attach(request, record)

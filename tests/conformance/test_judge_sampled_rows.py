@@ -11,11 +11,14 @@ import torch
 import variants
 from torch import Tensor
 
-from conformance import runner, sampled_rows
+import golden
+from conformance import pieces, runner, sampled_rows
 from conformance.cases import Case, Workload
+from conformance.closed_form import closed_form
 from conformance.error_model import FEW_RUNS
 from conformance.expected import reference
 from conformance.inputs import draw_core
+from conformance.pieces import core_pieces
 from conformance.precision import profile_named
 from conformance.runner import judge_case, predicted
 from conformance.subjects import CoreCall, Subject
@@ -114,3 +117,29 @@ def test_disagreement_takes_the_long_way() -> None:
             runner.predicted(CASE, inputs, expected, claims, runs=FEW_RUNS)["output"].sampled
             is None
         )
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_pieces_give_what_all_queries_and_keys_at_once_give(window: int | None) -> None:
+    case = replace(CASE, config=replace(CASE.config, sliding_window=window))
+    inputs, claims = draw_core(case), profile_named("native", "bfloat16")
+    evaluate, mask = reference(case, inputs).evaluate, golden.layer_mask(case.config)
+    assert len(core_pieces(inputs, mask)) == 1
+    with (
+        mock.patch.object(pieces, "WHOLE", 1),
+        mock.patch.object(pieces, "SCORES", 1 << 17),
+    ):
+        cut, some = (core_pieces(inputs, mask, s) for s in (slice(None), slice(8, None, 16)))
+    queries = [q for piece in cut for q in range(640)[piece.queries]]
+    assert queries == list(range(640))
+    assert [q for piece in some for q in range(640)[piece.queries]] == queries[8::16]
+    assert len(cut) > 10
+    assert min(len(range(640)[piece.queries]) for piece in (*cut, *some)) >= pieces.LEAST
+    assert cut[5].keys.stop < 640
+    whole = closed_form(evaluate, inputs.v, case.config, claims)
+    parts = closed_form(evaluate, inputs.v, case.config, claims, cut)
+    for name, one, other in zip(whole._fields, whole, parts, strict=True):
+        # sums of at most 640 terms of one sign in two orders, and differences of such sums whose
+        # larger parts are as large as the largest element
+        bound = 4 * 640 * 2.0**-53 * np.abs(one).max()
+        np.testing.assert_allclose(other, one, rtol=0, atol=bound, err_msg=name)
