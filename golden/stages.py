@@ -94,7 +94,7 @@ GRADIENT_STAGES: dict[str, str] = {
     "delta": "sum of weights times d_weights over the row, (batch, num_attention_heads, q_len)",
     "delta_weights": "weights behind the output that delta is taken from, if it is d_attn . attn",
     "delta_output": "that output, BHSD",
-    "delta_sum": "sum of that output times d_attn, (batch, num_attention_heads, q_len)",
+    "delta_sum": "that output times d_attn, summed, in base 2, (batch, num_attention_heads, q_len)",
     "d_shifted_scores": "d_weights minus delta (plus the log-sum-exp's cotangent)",
     "d_softcap": "cotangent of the capped scores",
     "d_softcap_tanh": "cotangent of the cap's tanh",

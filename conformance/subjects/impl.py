@@ -31,10 +31,6 @@ def unsupported(case: Case) -> str | None:
         return "the module scales RoPE by each row's own length, not by a given one"
     if config.temperature_tuning is not None and rope is not None:
         return "the module tunes the temperature of layers without RoPE only"
-    norm = config.qk_norm
-    learned = norm is not None and norm.kind == "layer" and norm.weighted
-    if case.workload.backward and learned and case.dtype != "float32":
-        return "torch's LayerNorm sums the gradients of its weight and bias in 16 bits on CPU"
     return None
 
 

@@ -137,18 +137,16 @@ def attend_vjp(
     d_output = np.where(visible.any(axis=-1, keepdims=True), d_output, 0.0)  # G2
     share = sink_share(sinks, logsumexp)
     with np.errstate(invalid="ignore", over="ignore"):  # G3: masked keys may hold anything
-        d_weights = observe(
-            "d_weights",
-            np.where(visible, grouped_matmul(d_output, v.swapaxes(-1, -2)), 0.0),
-            Accumulation(
-                v.shape[-1],
-                lambda: grouped_matmul(np.square(d_output), np.square(v).swapaxes(-1, -2)),
-            ),
+        products = Accumulation(
+            v.shape[-1],
+            lambda: grouped_matmul(np.square(d_output), np.square(v).swapaxes(-1, -2)),
         )
+        d_weights = np.where(visible, grouped_matmul(d_output, v.swapaxes(-1, -2)), 0.0)
+        d_weights = observe("d_weights", d_weights, products)
         level = level_of(weights, share, d_weights)
         d_weights = d_weights - level[..., None]
         delta = delta_of(weights, share, d_weights, level, observe)
-        delta = delta + delta_of_output(weights, v, d_output, visible, observe)
+        delta = delta + delta_of_output(weights, v, d_output, visible, products, observe)
         d_row = d_logsumexp - delta  # dL - D
         d_scores = weights * observe("d_shifted_scores", d_weights + d_row[..., None])
         if softcap is not None:

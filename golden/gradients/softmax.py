@@ -79,12 +79,27 @@ def delta_of(
 
 
 def delta_of_output(
-    weights: Array, v: Array, d_output: Array, visible: BoolArray, observe: Observer
+    weights: Array,
+    v: Array,
+    d_output: Array,
+    visible: BoolArray,
+    products: Accumulation,
+    observe: Observer,
 ) -> Array:
     """Return what `D` is moved by if it is taken from an output that was rounded: 0 unobserved.
 
     `D = dO . O` holds for the output of the very weights that `dP` meets. Kernels that recompute
-    weights take it from the output of the forward pass, as that was stored.
+    weights take it from the output of the forward pass, as that was stored. Its sum and those of
+    `dP` then err apart, also where one key has all the weight and `dP = D`. The sum is shown in
+    base 2: a sum that a format holds may have had partial sums that it does not.
+
+    Args:
+        weights: `(batch, num_attention_heads, q_len, kv_len)`.
+        v: `(batch, num_key_value_heads, kv_len, value_dim)`.
+        d_output: `(batch, num_attention_heads, q_len, value_dim)`.
+        visible: shaped like `weights`.
+        products: how `dP` was summed.
+        observe: sees `delta_weights`, `delta_output` and `delta_sum`.
 
     Returns:
         `(batch, num_attention_heads, q_len)`.
@@ -93,14 +108,16 @@ def delta_of_output(
     output = masked_product(weights, v, visible)
     made = output if read is weights else masked_product(read, v, visible)
     told = observe("delta_output", made)
-    terms = told * d_output
+    terms = told * d_output * _BASE_2
+
+    def squares() -> Array:
+        of_products = np.square(weights * _BASE_2) * products.squares()
+        both: Array = np.square(terms).sum(axis=-1) + of_products.sum(axis=-1)
+        return both
+
     total = terms.sum(axis=-1)
-    summed = observe(
-        "delta_sum",
-        total,
-        Accumulation(terms.shape[-1], lambda: np.square(terms).sum(axis=-1)),
-    )
-    moved: Array = ((told - output) * d_output).sum(axis=-1) + (summed - total)
+    summed = observe("delta_sum", total, Accumulation(terms.shape[-1], squares))
+    moved: Array = ((told - output) * d_output).sum(axis=-1) + (summed - total) / _BASE_2
     return moved
 
 

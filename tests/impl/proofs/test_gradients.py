@@ -1,5 +1,8 @@
 """Backward through every path that trains is golden's vector-Jacobian product.
 
+In 16 bits the judge decides, row by row; in float64, which it does not know, and in float32, whose
+roundings it knows too, one limit for each gradient finds any formula that is wrong.
+
 Limits, relative to the largest value of each gradient. Forward, four contractions of fewer than 100
 terms follow each other (`ROUNDOFF` in impl_layers.py); backward, each of them becomes two, so three
 times as many in all. The first-order error of a sequence of operations is proportional to the unit
@@ -13,11 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forward_paths import CACHED, PATHS, Built, build
+from forward_paths import CACHED, LAYERS, PATHS, Built, build
 from impl_layers import ROUNDOFF
 from torch import Tensor
 
 import golden
+from conformance.cases import Case, Workload
+from conformance.runner import judge_case
+from conformance.subjects import load_subject
 from impl import NeuronAttentionBase
 
 LIMITS = {torch.float64: 3 * ROUNDOFF, torch.float32: 3 * ROUNDOFF * 2.0**29}
@@ -128,6 +134,23 @@ def test_every_kind_of_layer_trains_in_both_phases() -> None:
     kinds = {(PATHS[name].layer, PATHS[name].cached) for name in TRAINED}
     assert kinds == {(path.layer, cached) for path in PATHS.values() for cached in (True, False)}
     assert len(CACHED) == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "work",
+    [
+        Workload(phase="cte", lengths=(17, 5), backward=True),
+        Workload(phase="tkg", lengths=(10, 4), backward=True),
+    ],
+    ids=["prefill", "decode"],
+)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_judge_finds_no_gradient_off(layer: str, work: Workload, dtype: str) -> None:
+    case = Case(config=LAYERS[layer], workload=work, dtype=dtype)
+    record = judge_case(case, load_subject("impl"))
+    assert record.verdict == "CONFORMS", f"{case.id}: {record.reason}"
+    assert not record.vacuous
 
 
 class _Scaled(torch.autograd.Function):
