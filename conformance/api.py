@@ -13,7 +13,7 @@ output computed before, or elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from conformance.errors import UsageError
 from conformance.false_alarms import STANDARD, FalseAlarms
 from conformance.runner import inputs_of, judge_case
 from conformance.scale_cache import cache_in
-from conformance.subjects.base import LayerOutput, Subject
+from conformance.subjects.base import AUTOGRAD, LayerOutput, Subject
 from conformance.subjects.serving import ServeOutput
 from reports.records import CaseRecord, Statistic
 
@@ -84,7 +84,7 @@ def assert_conforms(
 
 
 def judge_output(
-    observed: torch.Tensor | LayerOutput | ServeOutput,
+    observed: torch.Tensor | LayerOutput | ServeOutput | Mapping[str, torch.Tensor],
     case: Case | str,
     *,
     profile: str,
@@ -94,7 +94,8 @@ def judge_output(
 
     Args:
         observed: the attention output; a `LayerOutput` for a case of scope `layer`, a
-            `ServeOutput` for one with a schedule.
+            `ServeOutput` for one with a schedule; the gradients of a backward case by the name of
+            what they are of.
         case: the case, or its id.
         profile: precision claimed.
         alarms: chance of a false alarm, and the number of cases that share it.
@@ -106,6 +107,7 @@ def judge_output(
         scope=case.scope,
         profile=profile,
         serves=case.scope == "layer",
+        backward=(lambda *_: observed) if isinstance(observed, Mapping) else None,
     )
     return judge_case(case, subject, alarms=alarms, cache=cache_in(None))
 
@@ -151,6 +153,7 @@ def _subject(kernel: Kernel | Subject, case: Case, profile: str | None) -> Subje
     if isinstance(kernel, Subject):
         return kernel if profile is None else replace(kernel, profile=profile)
     claims: dict[str, Any] = {"scope": case.scope, "serves": case.scope == "layer"}
+    claims["backward"] = AUTOGRAD if case.workload.backward else None
     claims |= getattr(kernel, "__conformance__", {})
     if profile is not None:
         claims["profile"] = profile

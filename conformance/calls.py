@@ -10,14 +10,15 @@ import torch
 import golden
 from conformance.cases import Case
 from conformance.expected import Inputs
+from conformance.gradients.inputs import GradientInputs
 from conformance.inputs import CoreInputs
 from conformance.serve_calls import serve_call
 from conformance.serve_inputs import ServeInputs
-from conformance.subjects.base import CoreCall, LayerCall
+from conformance.subjects.base import CoreCall, GradientCall, LayerCall
 from conformance.subjects.serving import ServeCall
 from conformance.tensors import Tensors, whole
 
-Call: TypeAlias = CoreCall | LayerCall | ServeCall
+Call: TypeAlias = CoreCall | LayerCall | ServeCall | GradientCall
 
 
 def call_of(case: Case, inputs: Inputs) -> Call:
@@ -25,6 +26,10 @@ def call_of(case: Case, inputs: Inputs) -> Call:
     tensor = Tensors(getattr(torch, case.dtype))
     if isinstance(inputs, ServeInputs):
         return serve_call(case, inputs, tensor)
+    if isinstance(inputs, GradientInputs):
+        forward = call_of(case, inputs.forward)
+        assert isinstance(forward, CoreCall | LayerCall)
+        return GradientCall(forward=forward, d_output=tensor(inputs.d_output))
     if isinstance(inputs, CoreInputs):
         visible = golden.visible_keys(
             golden.layer_mask(case.config), inputs.q_positions, inputs.kv_positions

@@ -3,7 +3,7 @@
 An id is `<layer>/<workload>`. The layer is a published one, `gpt-oss-20b.sliding` or
 `smollm2.layer07`, or spelt out, `h256-hq8-hkv2-d32-rope10000-window16`; scope `core` starts with
 `core-`. The workload is `<phase>-<dtype>[-h<hidden>]-b<batch>-<lengths>-<regime>-seed<n>`, with
-the cache and the calls of a schedule (`conformance.schedules`) after the lengths.
+the cache and the calls of a schedule (`conformance.schedules`) after the lengths, or `backward`.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ def render(case: Case) -> str:
         tokens.append(f"prior{work.prior}")
     if work.steps > 1:
         tokens.append(f"steps{work.steps}")
+    if work.backward:
+        tokens.append("backward")
     if work.schedule is not None:
         tokens += [render_cache(work.schedule.cache), render_parts(work.schedule.parts, work.batch)]
     return f"{layer}/{'-'.join([*tokens, case.regime, f'seed{case.seed}'])}"
@@ -93,7 +95,7 @@ def parse(text: str) -> Case:
 _WORKLOAD = re.compile(
     r"(?P<phase>cte|tkg|serve)-(?P<dtype>fp32|bf16|fp16)(-h(?P<hidden>\d+))?-b(?P<batch>\d+)"
     r"-(q|kv)(?P<lengths>\d+(_\d+)*)(-start(?P<start>\d+))?(-prior(?P<prior>\d+))?"
-    r"(-steps(?P<steps>\d+))?(-(?P<cache>[a-z]+[0-9a-z_]*)-(?P<parts>[0-9a-z_.]+))?"
+    r"(-steps(?P<steps>\d+))?(?P<backward>-backward)?(-(?P<cache>[a-z]+[0-9a-z_]*)-(?P<parts>[0-9a-z_.]+))?"
     r"-(?P<regime>[a-z]+)-seed(?P<seed>\d+)"
 )
 
@@ -116,6 +118,7 @@ def _workload(found: re.Match[str]) -> Workload:
         prior=int(found["prior"] or 0),
         steps=int(found["steps"] or 1),
         schedule=schedule,
+        backward=found["backward"] is not None,
     )
 
 

@@ -40,6 +40,8 @@ class Workload:
         prior: keys before the prompt that its queries also see; scope `core` with `cte` only.
         steps: tokens generated one after the other; `tkg` only.
         schedule: the cache and the calls; `serve` only.
+        backward: whether gradients are asked for, of everything the call reads that is no integer,
+            from a cotangent of its output (`conformance.gradients`).
     """
 
     phase: Phase
@@ -48,6 +50,7 @@ class Workload:
     prior: int = 0
     steps: int = 1
     schedule: Schedule | None = None
+    backward: bool = False
 
     def __post_init__(self) -> None:
         if self.phase not in PHASE_NAMES:
@@ -65,6 +68,11 @@ class Workload:
             )
         if (self.phase == "serve") != (self.schedule is not None):
             raise UsageError("a schedule belongs to serve, and serve to a schedule")
+        if self.backward and (self.phase == "serve" or self.steps != 1):
+            raise UsageError(
+                "backward goes through one call: context encoding, or token generation of one "
+                f"step, got {self.phase} of {self.steps}"
+            )
         if min(self.start, self.prior) < 0 or self.steps < 1:
             raise UsageError(
                 "start and prior must not be negative and steps must be positive, got "
@@ -125,6 +133,12 @@ class Case:
             raise UsageError("start and prior exclude each other; prior keys come first")
         if self.extras != NO_EXTRAS and (self.model or self.scope == "core"):
             raise UsageError("extras need a synthetic layer of scope 'layer'")
+        if self.workload.backward and (
+            self.extras != NO_EXTRAS or isinstance(self.config, Eagle3AttentionConfig)
+        ):
+            raise UsageError(
+                "backward needs a layer without adapters, input norm, residual and EAGLE-3 width"
+            )
         if self.workload.schedule is not None:
             self._check_schedule(self.workload.schedule)
 
@@ -150,7 +164,9 @@ class Case:
 
     @property
     def suite(self) -> str:
-        """Suite the case belongs to: `core`, `serving`, `model`, `presets` or `features`."""
+        """Suite: `gradients`, `core`, `serving`, `model`, `presets` or `features`."""
+        if self.workload.backward:
+            return "gradients"
         if self.scope == "core":
             return "core"
         if self.workload.schedule is not None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from conformance.cases import Case
 from conformance.expected import Inputs, Reference
-from conformance.inputs import CoreInputs
+from conformance.inputs import CoreInputs, LayerInputs
 from conformance.score_tests import Direction
 from conformance.serve_inputs import ServeInputs
 from golden import FORMATS, Accumulation, Array, AttentionConfig, QKNorm, RopeConfig
@@ -131,6 +131,7 @@ def _sinks(case: Case, inputs: Inputs, expected: Reference) -> Iterator[Directio
             if _tells(slope[part], exact[part]):
                 yield Direction(f"sink of head {head}", "logit", "output", slope[part], part)
         return
+    assert isinstance(inputs, LayerInputs)
     weights = inputs.weights
     assert weights.sinks is not None
     before, after = _Attended(), _Attended()

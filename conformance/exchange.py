@@ -20,6 +20,7 @@ from conformance.calls import Call, call_of
 from conformance.case_ids import parse
 from conformance.cases import Case
 from conformance.errors import UsageError
+from conformance.gradients.expected import gradient_names
 from conformance.runner import inputs_of
 from conformance.schedule_calls import walk
 from conformance.subjects.base import LayerOutput, Subject
@@ -33,7 +34,8 @@ def export_case(case: Case, path: Path) -> None:
     """Write a case's inputs.
 
     The tensors carry the names of `CoreCall`, `LayerCall` or `ServeCall`, those inside others with
-    a dot: `weights.q_proj`, `steps.0.hidden_states`. The metadata holds the id, the configuration
+    a dot: `weights.q_proj`, `steps.0.hidden_states`; those of a backward case are `d_output`, and
+    `forward.` with the call's. The metadata holds the id, the configuration
     and the workload as JSON, the rest of every step of a schedule as `steps`, and the names of the
     outputs to hand back.
 
@@ -63,6 +65,8 @@ def export_case(case: Case, path: Path) -> None:
 def _outputs(case: Case) -> tuple[str, ...]:
     """Return the names of the tensors that answer a case."""
     schedule = case.workload.schedule
+    if case.workload.backward:
+        return tuple(f"d_{name}" for name in gradient_names(case))
     if schedule is None:
         return _OUTPUTS[case.scope]
     steps = len(walk(schedule, case.workload.lengths).calls)
@@ -97,7 +101,7 @@ def subject_from_file(path: Path, *, case: str | None, profile: str) -> tuple[Ca
     Args:
         path: safetensors file with `output`, and for a layer `k_cache` and `v_cache`, as
             `CoreCall`'s and `LayerCall`'s subjects return them; for a schedule `outputs.0` and so
-            on, one per step.
+            on, one per step; for a backward case its gradients, `d_q` and so on.
         case: id of the case; None reads it from the file's metadata.
         profile: precision profile the outputs claim.
 
@@ -129,7 +133,12 @@ def subject_from_file(path: Path, *, case: str | None, profile: str) -> tuple[Ca
             return tensors["output"]
         return LayerOutput(**{name: tensors[name] for name in wanted})
 
-    serves = found.workload.schedule is not None
+    gradients = {name.removeprefix("d_"): tensors[name] for name in wanted}
     return found, Subject(
-        name=str(path), function=answer, scope=found.scope, profile=profile, serves=serves
+        name=str(path),
+        function=answer,
+        scope=found.scope,
+        profile=profile,
+        serves=found.workload.schedule is not None,
+        backward=(lambda *_: gradients) if found.workload.backward else None,
     )

@@ -13,6 +13,8 @@ import numpy as np
 import golden
 from conformance.cases import Case
 from conformance.error_model import Evaluate, Outputs, RowMask
+from conformance.gradients.expected import gradient_evaluation
+from conformance.gradients.inputs import GradientInputs
 from conformance.inputs import CoreInputs, LayerInputs
 from conformance.scale_cache import ScaleCache
 from conformance.serve_expected import INPUT_NORM_EPS, ServeGolden, serve_rows
@@ -26,7 +28,7 @@ from golden import (
     unobserved,
 )
 
-Inputs: TypeAlias = LayerInputs | CoreInputs | ServeInputs
+Inputs: TypeAlias = LayerInputs | CoreInputs | ServeInputs | GradientInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,8 @@ class Reference:
             `k_cache` and `v_cache`, the entries written by this call
             `(batch, num_key_value_heads, q_len, head_dim)`; a schedule has an output for each of
             its parts, `1.prompt`, `2.decode`, and the whole cache by position. Scope `core`:
-            `output` `(batch, num_attention_heads, q_len, head_dim)`.
+            `output` `(batch, num_attention_heads, q_len, head_dim)`. A backward case has a gradient
+            for each thing that is differentiated (`conformance.gradients`).
         rows: per output, which rows (all axes but the last) hold something: not padding.
         evaluate: runs the golden again: with an observer (`observe=`), with another configuration
             of the same shapes (`config=`), or with some arrays replaced by name (`weights=`;
@@ -63,6 +66,11 @@ def reference(case: Case, inputs: Inputs, cache: ScaleCache | None = None) -> Re
     if isinstance(inputs, ServeInputs):
         served = ServeGolden(case, inputs)
         return Reference(served.exact, serve_rows(case, inputs), served.evaluate)
+    if isinstance(inputs, GradientInputs):
+        gradients = gradient_evaluation(case, inputs)
+        found = gradients()
+        every = {name: np.ones(value.shape[:-1], dtype=np.bool_) for name, value in found.items()}
+        return Reference(found, every, gradients)
     if isinstance(inputs, CoreInputs):
         evaluate: Evaluate = _core(case, inputs)
         used = inputs.q_positions >= 0

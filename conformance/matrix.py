@@ -15,6 +15,7 @@ from conformance import presets
 from conformance.cases import DTYPES, REGIMES, Case, Workload
 from conformance.errors import UsageError
 from conformance.extras import NO_EXTRAS, Extras
+from conformance.gradients.cases import gradient_cases
 from conformance.serve_matrix import serving_cases
 from conformance.tiers import checked_tier
 from golden import (
@@ -250,7 +251,11 @@ def _preset_workloads(config: AttentionConfig, tier: str) -> Iterator[Workload]:
 
 
 def cases_for(tier: str, suite: str) -> list[Case]:
-    """Return the cases of a suite (`features`, `serving`, `core` or `presets`) at a tier.
+    """Return the cases of a suite at a tier.
+
+    Args:
+        tier: one of `TIERS`.
+        suite: `features`, `serving`, `core`, `gradients` or `presets`.
 
     Raises:
         UsageError: no such tier or suite.
@@ -259,6 +264,7 @@ def cases_for(tier: str, suite: str) -> list[Case]:
         "features": feature_cases,
         "serving": serving_cases,
         "core": core_cases,
+        "gradients": gradient_cases,
         "presets": preset_cases,
     }
     if suite not in builders:

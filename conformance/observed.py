@@ -11,6 +11,7 @@ import torch
 from conformance.cases import Case
 from conformance.error_model import Outputs
 from conformance.expected import Inputs, Reference, kept_slots, written
+from conformance.gradients.inputs import GradientInputs
 from conformance.inputs import CoreInputs, LayerInputs
 from conformance.schedule_calls import part_names
 from conformance.serve_inputs import ServeInputs
@@ -44,6 +45,8 @@ def observe(
     wanted = {name: values.shape for name, values in expected.outputs.items()}
     if isinstance(inputs, ServeInputs):
         return _served(returned, case, inputs, wanted), ()
+    if isinstance(inputs, GradientInputs):
+        return _gradients(returned, case, wanted), ()
     if isinstance(inputs, CoreInputs):
         output = _array("output", returned, wanted["output"], case.dtype)
         return {"output": output}, ()
@@ -84,6 +87,20 @@ def _served(
         )
     for name in ("k_cache", "v_cache"):
         observed[name] = _array(name, getattr(returned, name), wanted[name], case.dtype)
+    return observed
+
+
+def _gradients(returned: Any, case: Case, wanted: Mapping[str, tuple[int, ...]]) -> Outputs:
+    """Take every gradient by the name of what it is the gradient of; one of a vector is a row."""
+    if not isinstance(returned, Mapping):
+        raise Malformed(f"a backward must return a mapping, got {type(returned).__name__}")
+    observed = {}
+    for output, shape in wanted.items():
+        name = output.removeprefix("d_")
+        if name not in returned:
+            raise Malformed(f"a backward must return a gradient named {name}, got none")
+        own = shape[1:] if getattr(returned[name], "ndim", 0) == 1 else shape
+        observed[output] = _array(output, returned[name], own, case.dtype).reshape(shape)
     return observed
 
 

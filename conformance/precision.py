@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from conformance.errors import UsageError
-from golden import CALL_STAGES, FORMATS, STAGES
+from golden import CALL_STAGES, FORMATS, GRADIENT_STAGES, STAGES
 
 _ROPE_TABLES = (
     "rope_exponents",
@@ -78,7 +78,7 @@ class PrecisionProfile:
     order: str = ""
 
     def __post_init__(self) -> None:
-        unknown = sorted(self.stores.keys() - set(_ALL_STAGES))
+        unknown = sorted(self.stores.keys() - {*_ALL_STAGES, *GRADIENT_STAGES})
         if unknown:
             raise UsageError(f"stores must name stages of golden.STAGES, got {', '.join(unknown)}")
         formats = {*self.stores.values(), self.accumulation, self.operands or self.accumulation}

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from conformance.calls import call_of
+from conformance.calls import Call, call_of
 from conformance.cases import PHASE_NAMES, Case
 from conformance.core_scale import predict_core
 from conformance.directions import directions
@@ -19,6 +19,9 @@ from conformance.error_model import MANY_RUNS, ErrorScale, Outputs, predict_scal
 from conformance.exact_rules import Subjected, exact_statistics
 from conformance.expected import Inputs, Reference, reference
 from conformance.false_alarms import STANDARD, FalseAlarms
+from conformance.gradients.inputs import GradientInputs, draw_gradients
+from conformance.gradients.precision import gradient_profile
+from conformance.gradients.subjects import gradients_of
 from conformance.inputs import CoreInputs, draw_core, draw_layer
 from conformance.judge import Judgement, judge_outputs, zeros_pass
 from conformance.looks import look
@@ -29,7 +32,7 @@ from conformance.sampled_rows import is_long, predict_sampled
 from conformance.scale_cache import ScaleCache
 from conformance.schedule_ids import render_cache, render_parts
 from conformance.serve_inputs import draw_serve
-from conformance.subjects.base import Subject, Unsupported
+from conformance.subjects.base import GradientCall, Subject, Unsupported
 from reports.records import CaseRecord
 
 
@@ -53,6 +56,8 @@ def inputs_of(case: Case) -> Inputs:
         return real_layer_inputs(case)
     if case.workload.schedule is not None:
         return draw_serve(case)
+    if case.workload.backward:
+        return draw_gradients(case)
     return draw_core(case) if case.scope == "core" else draw_layer(case)
 
 
@@ -80,11 +85,15 @@ def judge_case(
         UsageError: the case's inputs cannot be had here.
     """
     profile = profile_named(subject.profile, case.dtype)
+    if case.workload.backward:
+        profile = gradient_profile(profile, subject.profile, case.dtype)
     reason = subject.unsupported(case)
     if subject.scope != case.scope:
         reason = f"{subject.name} takes cases of scope {subject.scope!r}, this is {case.scope!r}"
     elif case.workload.schedule is not None and not subject.serves:
         reason = f"{subject.name} does not serve: it takes no ServeCall"
+    elif case.workload.backward and subject.backward is None:
+        reason = f"{subject.name} claims no gradients: it has no backward"
     if reason is not None:
         return _record(case, subject, profile, alarms, "UNSUPPORTED", reason, {})
     clock = _Clock()
@@ -93,7 +102,7 @@ def judge_case(
         expected = reference(case, inputs, cache)
     try:
         with clock.timing("subject"):
-            returned = subject.function(call_of(case, inputs))
+            returned = _answer(subject, call_of(case, inputs))
         observed, kept = observe(returned, case, inputs, expected)
         check_finite(observed, expected)
     except Unsupported as error:
@@ -140,7 +149,7 @@ def judge_case(
         with clock.timing("exact rules"):
             again = Subjected(
                 call_of=lambda changed: call_of(case, changed),
-                run=lambda call, changed: observe(subject.function(call), case, changed, expected)[
+                run=lambda call, changed: observe(_answer(subject, call), case, changed, expected)[
                     0
                 ],
                 conforms=lambda outputs: judge(outputs, scales).conforms,
@@ -164,11 +173,24 @@ def judge_case(
     )
 
 
+def _answer(subject: Subject, call: Call) -> Any:
+    return gradients_of(subject, call) if isinstance(call, GradientCall) else subject.function(call)
+
+
 def predicted(
     case: Case, inputs: Inputs, expected: Reference, profile: PrecisionProfile, *, runs: int
 ) -> Mapping[str, ErrorScale]:
     """Predict the error scale of every output of a case, a long one from some of its rows."""
     seed = zlib.crc32(case.id.encode())
+    if isinstance(inputs, GradientInputs):
+        return predict_scale(
+            expected.evaluate,
+            expected.outputs,
+            expected.rows,
+            profile,
+            seed=seed,
+            runs=runs,
+        )
     if isinstance(inputs, CoreInputs) and is_long(case, inputs, profile) and runs < MANY_RUNS:
         scales = predict_sampled(case, inputs, expected, profile, seed=seed)
         if scales is not None:
@@ -217,10 +239,7 @@ def _record(
     return CaseRecord(
         case_id=case.id,
         suite=case.suite,
-        # a synthetic layer with two features is a row of its own, so a red row names the culprit
-        features=(
-            case.features if case.model or case.suite == "serving" else (" + ".join(case.features),)
-        ),
+        features=_feature_rows(case),
         model=case.model,
         layer=case.layer,
         phase=PHASE_NAMES[case.workload.phase],
@@ -244,6 +263,17 @@ def _record(
     )
 
 
+def _feature_rows(case: Case) -> tuple[str, ...]:
+    """Return the rows of the report that a case counts in.
+
+    A synthetic layer with two features is a row of its own, so a red row names the culprit.
+    """
+    together = " + ".join(case.features)
+    if case.workload.backward:
+        return ("gradients", f"gradients: {together}")
+    return case.features if case.model or case.suite == "serving" else (together,)
+
+
 def _workload(case: Case) -> dict[str, Any]:
     work = case.workload
     found = {**asdict(work), "lengths": list(work.lengths)}
@@ -252,4 +282,6 @@ def _workload(case: Case) -> dict[str, Any]:
         found["schedule"] = f"{cache} {render_parts(work.schedule.parts, work.batch)}"
     else:
         del found["schedule"]
+    if not work.backward:
+        del found["backward"]
     return found

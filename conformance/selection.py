@@ -13,7 +13,7 @@ from conformance.real_models import real_model_cases
 from conformance.subjects import Subject
 from conformance.tiers import checked_tier
 
-SUITES = ("features", "serving", "core", "presets")
+SUITES = ("features", "serving", "core", "gradients", "presets")
 """Suites a tier holds; `model` comes with `--model`."""
 
 
@@ -54,6 +54,16 @@ def select_cases(
             return preset_cases(tier, dict.fromkeys(presets))
         except PresetError as error:
             raise UsageError(str(error)) from error
-    layers = ("features", "serving", "presets") if subject.serves else ("features", "presets")
-    fitting = ("core",) if subject.scope == "core" else layers
-    return [case for suite in suites or fitting for case in cases_for(tier, suite)]
+    fitting = [
+        suite
+        for suite in SUITES
+        if suite != "serving" or subject.serves
+        if suite != "gradients" or subject.backward is not None
+        if suite == "gradients" or (suite == "core") == (subject.scope == "core")
+    ]
+    return [
+        case
+        for suite in suites or fitting
+        for case in cases_for(tier, suite)
+        if suite != "gradients" or case.scope == subject.scope  # the one suite of both scopes
+    ]

@@ -60,6 +60,7 @@ from golden.split_kv import attend_parts, cut_keys, merge_attended
 from golden.stack import Stack, StackResult, run_stack
 from golden.stages import (
     CALL_STAGES,
+    GRADIENT_STAGES,
     STAGES,
     Accumulation,
     Array,
@@ -73,6 +74,7 @@ from golden.windowed import windowed_encoding
 __all__ = [
     "CALL_STAGES",
     "FORMATS",
+    "GRADIENT_STAGES",
     "STAGES",
     "Accumulation",
     "Array",

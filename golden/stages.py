@@ -82,6 +82,61 @@ CALL_STAGES: dict[str, str] = {
 }
 """Stages of what a call brings to a layer, its norm and its adapters; unobserved without them."""
 
+GRADIENT_STAGES: dict[str, str] = {
+    "grad_o_proj": "gradient of the output projection, (hidden_size, width of its input)",
+    "grad_o_bias": "gradient of its bias",
+    "d_attn": "cotangent of the heads' outputs, (batch, q_len, num_attention_heads * head_dim)",
+    "logsumexp": "each row's log-sum-exp in base 2, for weights that are computed again",
+    "weights_again": "softmax weights as their product with d_attn reads them",
+    "d_v_heads": "each query head's part of the values' gradient; unobserved without groups",
+    "d_v": "gradient of the values that attention read, BHSD",
+    "d_weights": "products of d_attn and values, (batch, num_attention_heads, q_len, kv_len)",
+    "delta": "sum of weights times d_weights over the row, (batch, num_attention_heads, q_len)",
+    "delta_weights": "weights behind the output that delta is taken from, if it is d_attn . attn",
+    "delta_output": "that output, BHSD",
+    "delta_sum": "that output times d_attn, summed, in base 2, (batch, num_attention_heads, q_len)",
+    "d_shifted_scores": "d_weights minus delta (plus the log-sum-exp's cotangent)",
+    "d_softcap": "cotangent of the capped scores",
+    "d_softcap_tanh": "cotangent of the cap's tanh",
+    "d_softcap_ratio": "cotangent of the scores over the cap",
+    "d_scores": "cotangent of the scaled dot products",
+    "d_qk": "cotangent of the dot products",
+    "d_q": "gradient of the queries that attention read, BHSD",
+    "d_k_heads": "each query head's part of the keys' gradient; unobserved without groups",
+    "d_k": "gradient of the keys that attention read, BHSD",
+    "grad_sinks": "gradient of the sinks, (num_attention_heads,)",
+    "d_k_cache": "cotangent of the keys in the cache, its own cotangent included",
+    "d_v_cache": "cotangent of the values in the cache, its own cotangent included",
+    "d_q_temperature": "cotangent of the queries before temperature tuning, BHSD",
+    **{
+        stage.replace("*", name): meaning
+        for name in "qk"
+        for stage, meaning in (
+            ("d_*_rope_cos", "cotangent of the rotated heads times cosine, BHSD"),
+            ("d_*_rope_sin", "that cotangent turned a quarter back, times sine, BHSD"),
+            ("d_*_rope", "cotangent of the heads before their rotation, BHSD"),
+            ("d_*_norm_unit", "cotangent of the norm's result, times its learned weight"),
+            ("d_*_norm_terms", "that cotangent times the unit, the terms of the weight's gradient"),
+            ("d_*_norm_mean", "mean of d_*_norm_unit times the unit, over the normed channels"),
+            ("d_*_norm", "cotangent of what the norm reads"),
+            ("grad_*_norm", "gradient of the norm's weight"),
+            ("grad_*_norm_bias", "gradient of the norm's bias"),
+        )
+    },
+    **{
+        stage.replace("*", name): meaning
+        for name in "qkv"
+        for stage, meaning in (
+            ("grad_*_bias", "gradient of the projection's bias"),
+            ("grad_*_proj", "gradient of the projection, (width of its output, hidden_size)"),
+            ("d_*_hidden", "the projection's part of d_hidden_states; unobserved if fused"),
+        )
+    },
+    "d_hidden_sum": "values' and keys' parts of d_hidden_states together; unobserved if fused",
+    "d_hidden_states": "gradient of the hidden states, (batch, q_len, hidden_size)",
+}
+"""Stages of a vector-Jacobian product, in which the forward pass is observed too."""
+
 
 @dataclass(frozen=True, slots=True)
 class Accumulation:
@@ -125,18 +180,21 @@ def unobserved(stage: str, value: Array, accumulation: Accumulation | None = Non
 
 @dataclass(slots=True)
 class Capture:
-    """Observer that keeps each stage's value and changes nothing.
+    """Observer that keeps each stage's value and changes nothing by itself.
 
     Attributes:
         only: stages to keep; empty keeps all.
         values: stage name to its value; a stage seen twice keeps the later one.
+        through: another observer that each value passes first; what it returns is kept.
     """
 
     only: frozenset[str] = frozenset()
     values: dict[str, Array] = field(default_factory=dict)
+    through: Observer = unobserved
 
     def __post_init__(self) -> None:
-        unknown = sorted(self.only - STAGES.keys() - CALL_STAGES.keys())
+        known = STAGES.keys() | CALL_STAGES.keys() | GRADIENT_STAGES.keys()
+        unknown = sorted(self.only - known)
         if unknown:
             raise ValueError(
                 f"only must name stages of golden.STAGES, got {', '.join(unknown)}; "
@@ -146,6 +204,7 @@ class Capture:
     def __call__(
         self, stage: str, value: Array, accumulation: Accumulation | None = None, /
     ) -> Array:
+        value = self.through(stage, value, accumulation)
         if not self.only or stage in self.only:
             self.values[stage] = value.copy()
         return value

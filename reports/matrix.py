@@ -11,7 +11,7 @@ from reports.formatting import count, ratio
 from reports.links import fragment
 from reports.records import VERDICTS, CaseRecord
 
-FEATURE_SUITES = ("features", "serving", "core")
+FEATURE_SUITES = ("features", "serving", "core", "gradients")
 """Suites counted in the feature matrix."""
 
 MODEL_SUITES = ("presets", "model")

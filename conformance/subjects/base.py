@@ -3,7 +3,8 @@
 A subject is any callable. Given a `CoreCall` it returns the attention output, given a `LayerCall` a
 `LayerOutput`, given a `ServeCall` (`conformance.subjects.serving`) a `ServeOutput`. The decorator
 `subject` says which it takes and what it claims: scope `core` is for a `CoreCall`, scope `layer`
-for a `LayerCall`, and with `serves=True` for a `ServeCall` too. A bare callable takes a `CoreCall`
+for a `LayerCall`, and with `serves=True` for a `ServeCall` too; with `backward` it claims gradients
+as well. A bare callable takes a `CoreCall`
 and claims the `eager` profile.
 """
 
@@ -141,6 +142,24 @@ class LayerOutput:
     v_cache: torch.Tensor
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class GradientCall:
+    """A call whose gradients are asked for.
+
+    Attributes:
+        forward: the call.
+        d_output: cotangent of its output, shaped like it, zero for queries that are padding. The
+            cache that a layer returns has none.
+    """
+
+    forward: CoreCall | LayerCall
+    d_output: torch.Tensor
+
+
+AUTOGRAD = "autograd"
+"""Gradients are those that torch finds by going back through the subject's function."""
+
+Backward: TypeAlias = Callable[[Any, torch.Tensor], Mapping[str, torch.Tensor]]
 Function: TypeAlias = Callable[[Any], Any]
 F = TypeVar("F", bound=Function)
 
@@ -157,6 +176,10 @@ class Subject:
         unsupported: returns why a case is not claimed, None when it is.
         disclaims: exact rules (`conformance.exact_rules`) that it does not claim to keep.
         serves: whether it also takes a `ServeCall`; scope `layer` only.
+        backward: how its gradients are had: `autograd` goes back through `function`; a function of
+            its own takes the call and the cotangent of the output and returns the gradients by
+            name: `q`, `k`, `v` and `sinks` of a `CoreCall`; of a `LayerCall` `hidden_states`, each
+            weight by its field, and the `k_cache` and `v_cache` it was given. None claims none.
     """
 
     name: str
@@ -166,12 +189,15 @@ class Subject:
     unsupported: Callable[[Case], str | None] = lambda case: None
     disclaims: tuple[str, ...] = ("masked NaN",)
     serves: bool = False
+    backward: Backward | str | None = None
 
     def __post_init__(self) -> None:
         if self.scope not in ("core", "layer"):
             raise UsageError(f"scope must be 'core' or 'layer', got {self.scope!r}")
         if self.serves and self.scope == "core":
             raise UsageError("serves needs scope 'layer'; a kernel has no cache")
+        if isinstance(self.backward, str) and self.backward != AUTOGRAD:
+            raise UsageError(f"backward must be 'autograd' or a function, got {self.backward!r}")
         if unknown := sorted(set(self.disclaims) - set(EXACT_RULES)):
             raise UsageError(
                 f"disclaims must be among {', '.join(EXACT_RULES)}, got {', '.join(unknown)}"
@@ -187,6 +213,7 @@ def subject(
     unsupported: Callable[[Case], str | None] | None = None,
     disclaims: tuple[str, ...] = ("masked NaN",),
     serves: bool = False,
+    backward: Backward | str | None = None,
 ) -> Callable[[F], F]:
     """Say what a function under test takes and claims.
 
@@ -196,6 +223,8 @@ def subject(
         unsupported: returns why a case is not claimed, None when it is.
         disclaims: exact rules that it does not claim to keep.
         serves: whether a layer also takes a `ServeCall`.
+        backward: how its gradients are had, if it claims any: `autograd`, or a function of its own
+            (see `Subject`).
     """
 
     def mark(function: F) -> F:
@@ -204,6 +233,7 @@ def subject(
             "profile": profile,
             "disclaims": disclaims,
             "serves": serves,
+            "backward": backward,
         }
         if unsupported is not None:
             claims["unsupported"] = unsupported

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch
 import impl
 from conformance.cases import Case
 from conformance.subjects.base import LayerCall, LayerOutput, subject
+from conformance.subjects.impl_gradients import layer_gradients
 from conformance.subjects.impl_layer import Layer, make_layer
 from conformance.subjects.impl_serving import serve
 from conformance.subjects.serving import ServeCall, ServeOutput
@@ -33,7 +34,12 @@ def unsupported(case: Case) -> str | None:
     return None
 
 
-@subject(scope="layer", profile="native", unsupported=unsupported, serves=True)
+def gradients(call: LayerCall, d_output: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    """Return the gradients of what a call reads, by torch's autograd."""
+    return layer_gradients(call, d_output, build_module)
+
+
+@subject(scope="layer", profile="native", unsupported=unsupported, serves=True, backward=gradients)
 def attention_layer(call: LayerCall | ServeCall) -> LayerOutput | ServeOutput:
     """Run `NeuronAttentionBase`: a prompt at once, tokens one after the other, or a schedule."""
     if isinstance(call, ServeCall):

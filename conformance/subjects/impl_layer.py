@@ -185,9 +185,22 @@ def _norm_options(config: AttentionConfig, norm: QKNorm, dtype: torch.dtype) -> 
     }
 
 
+class _LayerNorm(nn.LayerNorm):
+    """A layer norm whose gradients of weight and bias are summed in float32 and rounded once.
+
+    Torch's own sums them over the tokens in the tensors' dtype on CPU.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        learned = [None if p is None else p.to(wide) for p in (self.weight, self.bias)]
+        normed = nn.functional.layer_norm(x.to(wide), self.normalized_shape, *learned, self.eps)
+        return normed.to(x.dtype)
+
+
 def _norm_module(norm: QKNorm, width: int, dtype: torch.dtype) -> nn.Module:
     if norm.kind == "layer":
-        return nn.LayerNorm(width, norm.eps, elementwise_affine=norm.weighted, dtype=dtype)
+        return _LayerNorm(width, norm.eps, elementwise_affine=norm.weighted, dtype=dtype)
     if not norm.weighted:
         return impl.L2Norm(norm.eps)
     return impl.RMSNorm(width, norm.eps, weight_offset=norm.weight_offset, dtype=dtype)

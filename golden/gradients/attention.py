@@ -8,9 +8,17 @@ import numpy as np
 
 from golden.arrays import as_float64, as_positions
 from golden.attention import attend, grouped_matmul, visible_keys
+from golden.gradients.grouped import gathered, masked_product, masked_sum
+from golden.gradients.softmax import (
+    delta_of,
+    delta_of_output,
+    level_of,
+    sink_gradient,
+    sink_share,
+    weights_again,
+)
 from golden.masks import Mask
-from golden.stages import Array, Capture
-from golden.tiles import BoolArray
+from golden.stages import Accumulation, Array, Capture, Observer, unobserved
 
 
 class AttendGradients(NamedTuple):
@@ -42,6 +50,7 @@ def attend_vjp(
     sinks: Any = None,
     softcap: float | None = None,
     d_logsumexp: Any = None,
+    observe: Observer = unobserved,
 ) -> AttendGradients:
     """Carry cotangents of attention's output back to queries, keys, values and sinks.
 
@@ -81,6 +90,9 @@ def attend_vjp(
         softcap: `c` in `c * tanh(x / c)`, None for none.
         d_logsumexp: `(batch, num_attention_heads, q_len)`, cotangent of the log-sum-exp; None is
             zeros.
+        observe: sees and may change each stage, of `golden.STAGES` and of
+            `golden.GRADIENT_STAGES`; of the forward pass, the exponentials and their sum, the
+            cap's tanh and what leads to them are read again.
 
     Returns:
         Gradients in float64.
@@ -92,7 +104,7 @@ def attend_vjp(
     Source: Dao et al. (2022), arXiv 2205.14135, appendix B.2 and algorithm 4; the sink is one
     more score with a value of zero.
     """
-    seen = Capture(only=frozenset({"weights", "softcap_tanh"}))
+    seen = Capture(only=frozenset({"exp", "denominator", "softcap_tanh"}), through=observe)
     output, logsumexp = attend(
         q,
         k,
@@ -112,7 +124,8 @@ def attend_vjp(
     d_logsumexp = as_float64(
         "d_logsumexp", d_logsumexp, logsumexp.shape, "(batch, num_attention_heads, q_len)"
     )
-    weights = seen.values["weights"]
+    exps, total = seen.values["exp"], seen.values["denominator"]
+    weights = weights_again(exps, total, logsumexp, observe)
     visible = np.broadcast_to(
         visible_keys(
             mask,
@@ -122,77 +135,35 @@ def attend_vjp(
         weights.shape,
     )
     d_output = np.where(visible.any(axis=-1, keepdims=True), d_output, 0.0)  # G2
-    share = _sink_share(sinks, logsumexp)
+    share = sink_share(sinks, logsumexp)
     with np.errstate(invalid="ignore", over="ignore"):  # G3: masked keys may hold anything
+        products = Accumulation(
+            v.shape[-1],
+            lambda: grouped_matmul(np.square(d_output), np.square(v).swapaxes(-1, -2)),
+        )
         d_weights = np.where(visible, grouped_matmul(d_output, v.swapaxes(-1, -2)), 0.0)
-        level = _level(weights, share, d_weights)
+        d_weights = observe("d_weights", d_weights, products)
+        level = level_of(weights, share, d_weights)
         d_weights = d_weights - level[..., None]
-        d_row = d_logsumexp - ((weights * d_weights).sum(axis=-1) - share * level)  # dL - D
-        d_scores = weights * (d_weights + d_row[..., None])
+        delta = delta_of(weights, share, d_weights, level, observe)
+        delta = delta + delta_of_output(weights, v, d_output, visible, products, observe)
+        d_row = d_logsumexp - delta  # dL - D
+        d_scores = weights * observe("d_shifted_scores", d_weights + d_row[..., None])
         if softcap is not None:
             tanh = seen.values["softcap_tanh"]
-            d_scores = d_scores * (1.0 - tanh) * (1.0 + tanh)
+            d_tanh = observe("d_softcap_tanh", softcap * observe("d_softcap", d_scores))
+            d_ratio = observe("d_softcap_ratio", d_tanh * (1.0 - tanh) * (1.0 + tanh))
+            d_scores = d_ratio / softcap
+        d_scores = observe("d_scores", d_scores)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    d_products = scale * np.where(visible, d_scores, 0.0)
-    turned, turned_visible = d_products.swapaxes(-1, -2), visible.swapaxes(-1, -2)
-    kv_heads = k.shape[1]
+    d_products = observe("d_qk", scale * np.where(visible, d_scores, 0.0))
+    again = observe("weights_again", weights)
+    heads = k.shape[1]
+    d_v = gathered("d_v", again, d_output, visible, heads, observe)
+    d_q = observe("d_q", masked_product(d_products, k, visible), masked_sum(d_products, k, visible))
     return AttendGradients(
-        q=_masked_product(d_products, k, visible),
-        k=_sum_groups(_masked_product(turned, q, turned_visible), kv_heads),
-        v=_sum_groups(
-            _masked_product(weights.swapaxes(-1, -2), d_output, turned_visible), kv_heads
-        ),
-        sinks=None if sinks is None else _sink_gradient(share, d_row - level),
+        q=d_q,
+        k=gathered("d_k", d_products, q, visible, heads, observe),
+        v=d_v,
+        sinks=None if sinks is None else sink_gradient(share, d_row - level, observe),
     )
-
-
-def _masked_product(coefficients: Array, rows: Array, visible: BoolArray) -> Array:
-    """Return coefficients times rows, where what is not visible multiplies nothing (G3, G4).
-
-    Args:
-        coefficients: `(batch, num_attention_heads, m, n)`, zero where not visible.
-        rows: `(batch, heads, n, channels)`, heads divides num_attention_heads.
-        visible: shaped like `coefficients`.
-
-    Returns:
-        `(batch, num_attention_heads, m, channels)`; NaN where a visible row is not finite.
-    """
-    finite = np.isfinite(rows)
-    if finite.all():
-        return grouped_matmul(coefficients, rows)
-    product = grouped_matmul(coefficients, np.where(finite, rows, 0.0))
-    met = grouped_matmul(visible.astype(np.float64), (~finite).astype(np.float64))
-    return np.where(met > 0, np.nan, product)
-
-
-def _sum_groups(per_head: Array, kv_heads: int) -> Array:
-    """Add up the gradients of the query heads that share a key/value head (G1)."""
-    batch, heads, length, channels = per_head.shape
-    grouped = per_head.reshape(batch, kv_heads, heads // kv_heads, length, channels)
-    total: Array = grouped.sum(axis=2)
-    return total
-
-
-def _sink_share(sinks: Any, logsumexp: Array) -> Array:
-    """Return `exp(sink - L)`, the share of each row that its sink takes, 0 without sinks."""
-    if sinks is None:
-        return np.zeros_like(logsumexp)
-    sink = np.asarray(sinks).astype(np.float64, copy=False)[:, None]
-    empty = np.isneginf(logsumexp)  # neither a key nor a sink
-    share: Array = np.exp(sink - np.where(empty, np.inf, logsumexp))
-    return share
-
-
-def _level(weights: Array, share: Array, d_weights: Array) -> Array:
-    """Return the `dP` of each row's largest weight, 0 if the sink's share is larger (G5)."""
-    if weights.shape[-1] == 0:
-        return np.zeros_like(share)
-    top = weights.argmax(axis=-1, keepdims=True)
-    largest, level = (np.take_along_axis(one, top, axis=-1) for one in (weights, d_weights))
-    return np.where(largest[..., 0] >= share, level[..., 0], 0.0)
-
-
-def _sink_gradient(share: Array, d_sink: Array) -> Array:
-    """Add up `p (dL - D)` over batch rows and queries."""
-    gradient: Array = (share * d_sink).sum(axis=(0, 2))
-    return gradient

@@ -11,9 +11,9 @@ from golden.arrays import Positions, as_float64, as_positions
 from golden.cache import ContiguousCache
 from golden.config import AttentionConfig
 from golden.errors import ConfigError
-from golden.gradients.steps import projection_vjp
+from golden.gradients.steps import bias_vjp, projection_vjp
 from golden.layer import context_encoding, merge_heads, split_heads, token_generation
-from golden.stages import Array, Capture
+from golden.stages import Array, Capture, Observer
 from golden.weights import AttentionWeights
 
 _DIFFERENTIATED = frozenset(
@@ -104,6 +104,7 @@ def run_forward(
     cache: ContiguousCache | None,
     *,
     decode: bool,
+    observe: Observer,
 ) -> tuple[Pass, ContiguousCache, Array, dict[str, Array]]:
     """Run the layer, then go back through its output projection.
 
@@ -115,6 +116,7 @@ def run_forward(
         position_ids: of the layer, and for RoPE alone.
         cache: None makes one just long enough.
         decode: whether this is token generation.
+        observe: sees and may change each stage.
 
     Returns:
         The pass, the cache after it, the cotangent of attention's output in BHSD, and the
@@ -127,7 +129,7 @@ def run_forward(
     positions = as_positions("position_ids", position_ids[0], (batch, q_len))
     given: dict[str, Any] = {"position_ids": positions, "rotary_position_ids": position_ids[1]}
     hidden = np.where((positions >= 0)[..., None], hidden, 0.0)  # padding may hold anything
-    seen = Capture()
+    seen = Capture(through=observe)
     if decode:
         if not isinstance(cache, ContiguousCache):
             raise ConfigError(
@@ -141,8 +143,9 @@ def run_forward(
     )
     attn = merge_heads(seen.values["attn"])
     d_attn, d_matrix = projection_vjp(attn, weights.o_proj, d_output)
-    found = {"o_proj": d_matrix}
+    found = {"o_proj": observe("grad_o_proj", *d_matrix)}
     if config.o_bias:
-        found["o_bias"] = d_output.sum(axis=(0, 1))
+        found["o_bias"] = observe("grad_o_bias", *bias_vjp(d_output))
+    d_heads = split_heads(observe("d_attn", *d_attn), config.num_attention_heads)
     done = Pass(config, weights, hidden, positions, seen.values)
-    return done, result.cache, split_heads(d_attn, config.num_attention_heads), found
+    return done, result.cache, d_heads, found

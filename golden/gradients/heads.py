@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from golden.gradients.forward import Pass
 from golden.gradients.steps import (
+    Summed,
+    bias_vjp,
     clip_vjp,
     norm_vjp,
     projection_vjp,
@@ -13,10 +13,12 @@ from golden.gradients.steps import (
     temperature_factor,
 )
 from golden.layer import merge_heads
-from golden.stages import Array
+from golden.stages import Accumulation, Array, Observer
 
 
-def heads_vjp(done: Pass, d_q: Array, d_k: Array, d_v: Array) -> tuple[Array, dict[str, Array]]:
+def heads_vjp(
+    done: Pass, d_q: Array, d_k: Array, d_v: Array, observe: Observer
+) -> tuple[Array, dict[str, Array]]:
     """Go back through temperature, norm, RoPE, clip, bias and projection, the last step first.
 
     Args:
@@ -24,28 +26,51 @@ def heads_vjp(done: Pass, d_q: Array, d_k: Array, d_v: Array) -> tuple[Array, di
         d_q: `(batch, num_attention_heads, q_len, head_dim)`, BHSD.
         d_k: `(batch, num_key_value_heads, q_len, head_dim)`, BHSD, of this call's keys.
         d_v: like `d_k`.
+        observe: sees and may change each stage.
 
     Returns:
         Gradient of the hidden states, and gradients of the weights by field name.
     """
     tuning = done.config.temperature_tuning
     if tuning is not None:
-        d_q = d_q * temperature_factor(tuning, done.positions)[:, None, :, None]
-    d_hidden = np.zeros_like(done.hidden_states)
+        factor = temperature_factor(tuning, done.positions)
+        d_q = observe("d_q_temperature", d_q * factor[:, None, :, None])
+    parts: dict[str, Summed] = {}
     found: dict[str, Array] = {}
-    for name, d_heads in (("q", d_q), ("k", d_k), ("v", d_v)):
-        d_flat = merge_heads(d_heads) if name == "v" else _unrotated(done, name, d_heads, found)
+    for name, d_heads in (("v", d_v), ("k", d_k), ("q", d_q)):
+        if name == "v":
+            d_flat = merge_heads(d_heads)
+        else:
+            d_flat = _unrotated(done, name, d_heads, found, observe)
         if done.config.clip_qkv is not None:
             d_flat = clip_vjp(done.stages[f"{name}_proj"], done.config.clip_qkv, d_flat)
         if done.config.qkv_bias:
-            found[f"{name}_bias"] = d_flat.sum(axis=(0, 1))
+            found[f"{name}_bias"] = observe(f"grad_{name}_bias", *bias_vjp(d_flat))
         matrix: Array = getattr(done.weights, f"{name}_proj")
-        d_part, found[f"{name}_proj"] = projection_vjp(done.hidden_states, matrix, d_flat)
-        d_hidden += d_part
-    return d_hidden, found
+        parts[name], d_matrix = projection_vjp(done.hidden_states, matrix, d_flat)
+        found[f"{name}_proj"] = observe(f"grad_{name}_proj", *d_matrix)
+    return _hidden_gradient(parts, done.config.fused_qkv, observe), found
 
 
-def _unrotated(done: Pass, name: str, d_heads: Array, found: dict[str, Array]) -> Array:
+def _hidden_gradient(parts: dict[str, Summed], fused: bool, observe: Observer) -> Array:
+    """Add up what the projections say of the hidden states: one sum if they are one matrix."""
+    if fused:
+        return observe(
+            "d_hidden_states",
+            parts["v"][0] + parts["k"][0] + parts["q"][0],
+            Accumulation(
+                sum(of.length for _, of in parts.values()),
+                lambda: parts["v"][1].squares() + parts["k"][1].squares() + parts["q"][1].squares(),
+            ),
+        )
+    told = {name: observe(f"d_{name}_hidden", *part) for name, part in parts.items()}
+    together = observe("d_hidden_sum", told["v"] + told["k"])
+    return observe("d_hidden_states", together + told["q"])
+
+
+def _unrotated(
+    done: Pass, name: str, d_heads: Array, found: dict[str, Array], observe: Observer
+) -> Array:
     """Go back through norm and RoPE of queries or keys to the flat, clipped projection."""
     norm, rope = done.config.qk_norm, done.config.rope
 
@@ -57,6 +82,8 @@ def _unrotated(done: Pass, name: str, d_heads: Array, found: dict[str, Array]) -
             done.stages[f"{name}_norm_unit"],
             done.stages[f"{name}_norm_scale"],
             d_result,
+            observe,
+            name,
         )
         if norm.weighted:
             found[f"{name}_norm"] = d_weight
@@ -68,7 +95,7 @@ def _unrotated(done: Pass, name: str, d_heads: Array, found: dict[str, Array]) -
         d_heads = back_through_norm(d_heads)
     if rope is not None:
         cos, sin = done.stages["rope_cos"], done.stages["rope_sin"]
-        d_heads = rotate_vjp(d_heads, cos, sin, pairing=rope.pairing)
+        d_heads = rotate_vjp(d_heads, cos, sin, pairing=rope.pairing, observe=observe, name=name)
     if norm is not None and norm.placement == "pre_rope" and norm.scope == "head":
         d_heads = back_through_norm(d_heads)
     d_flat = merge_heads(d_heads)

@@ -18,7 +18,7 @@ from golden.gradients.cache import part_written
 from golden.gradients.forward import Pass, run_forward
 from golden.gradients.heads import heads_vjp
 from golden.masks import layer_mask
-from golden.stages import Array
+from golden.stages import Accumulation, Array, Observer, unobserved
 from golden.weights import AttentionWeights
 
 
@@ -51,6 +51,7 @@ def context_encoding_vjp(
     d_cache_k: Any = None,
     d_cache_v: Any = None,
     rotary_position_ids: Any = None,
+    observe: Observer = unobserved,
 ) -> LayerGradients:
     """Carry cotangents of `context_encoding` (prefill) back to its inputs.
 
@@ -75,6 +76,8 @@ def context_encoding_vjp(
         d_cache_v: likewise for values.
         rotary_position_ids: positions for RoPE alone, as the layer takes them; None takes
             `position_ids`.
+        observe: sees and may change each stage, of `golden.STAGES` and of
+            `golden.GRADIENT_STAGES`.
 
     Returns:
         Gradients in float64.
@@ -91,9 +94,10 @@ def context_encoding_vjp(
         (position_ids, rotary_position_ids),
         cache,
         decode=False,
+        observe=observe,
     )
     gradients = _attention_vjp(
-        done, d_attn, done.stages["k_cache"], done.stages["v_cache"], done.positions
+        done, d_attn, done.stages["k_cache"], done.stages["v_cache"], done.positions, observe
     )
     d_new: dict[str, Array] = {"k": gradients.k, "v": gradients.v}
     d_before: dict[str, Array | None] = {"k": None, "v": None}
@@ -101,10 +105,10 @@ def context_encoding_vjp(
         if cache is not None or value is not None:  # a new cache may be long, and unread
             d_after = _cotangent(f"d_cache_{name}", value, after.k)
             d_written, d_before[name] = part_written(after, done.positions, d_after)
-            d_new[name] = d_new[name] + d_written
+            d_new[name] = observe(f"d_{name}_cache", d_new[name] + d_written)
     if cache is None:
         d_before = {"k": None, "v": None}
-    d_hidden, more = heads_vjp(done, gradients.q, d_new["k"], d_new["v"])
+    d_hidden, more = heads_vjp(done, gradients.q, d_new["k"], d_new["v"], observe)
     return LayerGradients(
         d_hidden, _as_weights(found | more, gradients), d_before["k"], d_before["v"]
     )
@@ -121,6 +125,7 @@ def token_generation_vjp(
     d_cache_k: Any = None,
     d_cache_v: Any = None,
     rotary_position_ids: Any = None,
+    observe: Observer = unobserved,
 ) -> LayerGradients:
     """Carry cotangents of `token_generation` (decode) back to its inputs and the cache.
 
@@ -139,6 +144,8 @@ def token_generation_vjp(
         d_cache_v: likewise for values.
         rotary_position_ids: positions for RoPE alone, as the layer takes them; None takes
             `position_ids`.
+        observe: sees and may change each stage, of `golden.STAGES` and of
+            `golden.GRADIENT_STAGES`.
 
     Returns:
         Gradients in float64; `cache_k` and `cache_v` are those of `cache.k` and `cache.v`.
@@ -155,19 +162,27 @@ def token_generation_vjp(
         (position_ids, rotary_position_ids),
         cache,
         decode=True,
+        observe=observe,
     )
-    gradients = _attention_vjp(done, d_attn, after.k, after.v, after.positions)
-    d_after_k = gradients.k + _cotangent("d_cache_k", d_cache_k, after.k)
-    d_after_v = gradients.v + _cotangent("d_cache_v", d_cache_v, after.k)
+    gradients = _attention_vjp(done, d_attn, after.k, after.v, after.positions, observe)
+    d_after_k = observe("d_k_cache", gradients.k + _cotangent("d_cache_k", d_cache_k, after.k))
+    d_after_v = observe("d_v_cache", gradients.v + _cotangent("d_cache_v", d_cache_v, after.k))
     d_k, d_before_k = part_written(after, done.positions, d_after_k)
     d_v, d_before_v = part_written(after, done.positions, d_after_v)
-    d_hidden, more = heads_vjp(done, gradients.q, d_k, d_v)
+    d_hidden, more = heads_vjp(done, gradients.q, d_k, d_v, observe)
     return LayerGradients(d_hidden, _as_weights(found | more, gradients), d_before_k, d_before_v)
 
 
 def _attention_vjp(
-    done: Pass, d_attn: Array, k: Array, v: Array, kv_positions: Positions
+    done: Pass, d_attn: Array, k: Array, v: Array, kv_positions: Positions, observe: Observer
 ) -> AttendGradients:
+    def after_forward(
+        stage: str, value: Array, accumulation: Accumulation | None = None, /
+    ) -> Array:
+        """Show the observer gradients alone; the forward stages are as it left them."""
+        known = done.stages.get(stage)
+        return observe(stage, value, accumulation) if known is None else known
+
     return attend_vjp(
         done.queries(),
         k,
@@ -179,6 +194,7 @@ def _attention_vjp(
         softmax_scale=done.config.softmax_scale,
         sinks=done.weights.sinks,
         softcap=done.config.softcap,
+        observe=after_forward,
     )
 
 

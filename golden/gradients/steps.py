@@ -5,15 +5,20 @@ Each takes what the forward step computed and the cotangent of its result.
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
 
 from golden.arrays import Positions
 from golden.config import QKNorm, TemperatureTuning
 from golden.rope import rotate
-from golden.stages import Array
+from golden.stages import Accumulation, Array, Observer, unobserved
+
+Summed: TypeAlias = tuple[Array, Accumulation]
+"""A sum, and what an observer needs to know of it."""
 
 
-def projection_vjp(x: Array, weight: Array, d_product: Array) -> tuple[Array, Array]:
+def projection_vjp(x: Array, weight: Array, d_product: Array) -> tuple[Summed, Summed]:
     """Differentiate `x @ weight.T`: `d_x = d_y @ weight`, `d_weight = sum_tokens d_y x`.
 
     Args:
@@ -22,10 +27,35 @@ def projection_vjp(x: Array, weight: Array, d_product: Array) -> tuple[Array, Ar
         d_product: `(batch, length, width_out)`.
 
     Returns:
-        Gradients of `x` and of `weight`.
+        Gradients of `x` and of `weight`, each with how it was summed.
     """
-    tokens = d_product.reshape(-1, d_product.shape[-1])
-    return d_product @ weight, tokens.T @ x.reshape(-1, x.shape[-1])
+    tokens, read = d_product.reshape(-1, d_product.shape[-1]), x.reshape(-1, x.shape[-1])
+    d_x = Accumulation(weight.shape[0], lambda: np.square(d_product) @ np.square(weight))
+    d_weight = Accumulation(
+        len(tokens),
+        lambda: np.square(tokens).T @ np.square(read),
+        lambda: np.array(float(_live_rows(tokens))),
+    )
+    return (d_product @ weight, d_x), (tokens.T @ read, d_weight)
+
+
+def bias_vjp(d_sum: Array) -> Summed:
+    """Differentiate the bias added to every row: the sum of cotangents, and how it was summed.
+
+    Args:
+        d_sum: `(..., width)`.
+    """
+    rows = d_sum.reshape(-1, d_sum.shape[-1])
+    return rows.sum(axis=0), Accumulation(
+        len(rows),
+        lambda: np.square(rows).sum(axis=0),
+        lambda: np.array(float(_live_rows(rows))),
+    )
+
+
+def _live_rows(rows: Array) -> int:
+    """Count the rows that hold something: those of padding add nothing."""
+    return int(np.count_nonzero(rows.any(axis=-1)))
 
 
 def clip_vjp(x: Array, bound: float, d_clipped: Array) -> Array:
@@ -38,7 +68,13 @@ def clip_vjp(x: Array, bound: float, d_clipped: Array) -> Array:
 
 
 def norm_vjp(
-    norm: QKNorm, weight: Array | None, unit: Array, scale: Array, d_result: Array
+    norm: QKNorm,
+    weight: Array | None,
+    unit: Array,
+    scale: Array,
+    d_result: Array,
+    observe: Observer = unobserved,
+    name: str = "q",
 ) -> tuple[Array, Array, Array]:
     """Differentiate `golden.norms.normalise` along the last axis of `n` channels.
 
@@ -57,6 +93,8 @@ def norm_vjp(
         unit: `z`, `(..., n)`.
         scale: `s`, `(..., 1)`.
         d_result: `(..., n)`.
+        observe: sees the stages `d_{name}_norm...` and `grad_{name}_norm...`.
+        name: `q` or `k`.
 
     Returns:
         Gradients of `x`, of the weight and of the bias, the last two `(n,)`.
@@ -67,14 +105,33 @@ def norm_vjp(
     live = (d_result != 0).any(axis=-1, keepdims=True)
     unit, scale = np.where(live, unit, 0.0), np.where(live, scale, 0.0)
     g = d_result if weight is None else d_result * (norm.weight_offset + weight)
-    d_x = scale * (g - unit * (g * unit).mean(axis=-1, keepdims=True))
+    g = observe(f"d_{name}_norm_unit", g)
+    parts, width = g * unit, unit.shape[-1]
+    mean = observe(
+        f"d_{name}_norm_mean",
+        parts.mean(axis=-1, keepdims=True),
+        Accumulation(width, lambda: np.square(parts / width).sum(axis=-1, keepdims=True)),
+    )
+    d_x = scale * (g - unit * mean)
     if norm.kind == "layer":
         d_x = d_x - d_x.mean(axis=-1, keepdims=True)
-    rows = tuple(range(unit.ndim - 1))
-    return d_x, (d_result * unit).sum(axis=rows), d_result.sum(axis=rows)
+    terms = observe(f"d_{name}_norm_terms", d_result * unit)
+    return (
+        observe(f"d_{name}_norm", d_x),
+        observe(f"grad_{name}_norm", *bias_vjp(terms)),
+        observe(f"grad_{name}_norm_bias", *bias_vjp(d_result)),
+    )
 
 
-def rotate_vjp(d_rotated: Array, cos: Array, sin: Array, *, pairing: str) -> Array:
+def rotate_vjp(
+    d_rotated: Array,
+    cos: Array,
+    sin: Array,
+    *,
+    pairing: str,
+    observe: Observer = unobserved,
+    name: str = "q",
+) -> Array:
     """Differentiate `golden.rotate` with respect to what it rotates; angles are constants.
 
     G10: the transpose of a rotation turns back: `rotate(d, cos, -sin)`. The attention factor of
@@ -85,8 +142,10 @@ def rotate_vjp(d_rotated: Array, cos: Array, sin: Array, *, pairing: str) -> Arr
         cos: `(batch, length, r / 2)`.
         sin: like `cos`.
         pairing: `half` or `interleaved`.
+        observe: sees `d_{name}_rope_cos`, `d_{name}_rope_sin` and `d_{name}_rope`.
+        name: `q` or `k`.
     """
-    return rotate(d_rotated, cos, -sin, pairing=pairing)
+    return rotate(d_rotated, cos, -sin, pairing=pairing, observe=observe, name=f"d_{name}")
 
 
 def temperature_factor(tuning: TemperatureTuning, positions: Positions) -> Array:

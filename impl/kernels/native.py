@@ -187,8 +187,9 @@ def token_generation(
     Returns:
         Like `q`, in its dtype.
     """
-    prior = attention_scores(q, k_prior, rule, k_transposed=k_prior_transposed)
-    active = attention_scores(q, k, rule)
+    wide = q.to(compute_dtype(q.dtype))  # once, so that the gradient of q is rounded once
+    prior = attention_scores(wide, k_prior, rule, k_transposed=k_prior_transposed)
+    active = attention_scores(wide, k, rule)
     w_prior, w_active = _softmax([_masked(prior, prior_mask), _masked(active, active_mask)], sink)
     out = _weighted_values(w_prior, v_prior, prior_mask)
     return (out + _weighted_values(w_active, v, active_mask)).to(q.dtype)

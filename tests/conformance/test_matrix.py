@@ -105,4 +105,4 @@ def test_unknown_tier_suite_and_preset_are_refused() -> None:
         cases_for("smoke", "speed")
     with pytest.raises(PresetError, match="did you mean"):
         preset_cases("smoke", ["gpt-oss-21b"])
-    assert set(SUITES) == {"features", "serving", "core", "presets"}
+    assert set(SUITES) == {"features", "serving", "core", "gradients", "presets"}

@@ -10,19 +10,31 @@ import pytest
 from conformance.errors import UsageError
 from conformance.matrix import cases_for, preset_cases
 from conformance.selection import select_cases
-from conformance.subjects import load_subject
+from conformance.subjects import Subject, load_subject
 
 IMPL, SDPA = load_subject("impl"), load_subject("torch-sdpa")
 GOOD = "h64-hq4-hkv2-d16/cte-bf16-b1-q9-gaussian-seed0"
 
 
 def test_subject_of_a_layer_gets_features_and_presets_and_a_kernel_the_core() -> None:
-    suites = ("features", "serving", "presets")
+    suites = ("features", "serving", "gradients", "presets")
     layers = [case for suite in suites for case in cases_for("smoke", suite)]
+    layers = [case for case in layers if case.scope == "layer"]
     assert select_cases(IMPL) == layers
     asked_once = replace(IMPL, serves=False)
     assert select_cases(asked_once) == [case for case in layers if case.suite != "serving"]
-    assert select_cases(SDPA) == cases_for("smoke", "core")
+    forward_only = replace(IMPL, backward=None)
+    assert select_cases(forward_only) == [case for case in layers if case.suite != "gradients"]
+    assert select_cases(replace(SDPA, backward=None)) == cases_for("smoke", "core")
+
+
+@pytest.mark.parametrize("subject", [IMPL, SDPA], ids=["layer", "core"])
+def test_gradients_are_those_of_the_subjects_scope(subject: Subject) -> None:
+    every = cases_for("smoke", "gradients")
+    fitting = [case for case in every if case.scope == subject.scope]
+    assert 0 < len(fitting) < len(every)
+    assert select_cases(subject, suites=("gradients",)) == fitting
+    assert [case for case in select_cases(subject) if case.suite == "gradients"] == fitting
 
 
 def test_named_suites_are_taken_in_their_order() -> None:

@@ -23,6 +23,7 @@ from golden import (
     ConfigError,
     Everything,
     Explicit,
+    Observer,
     ShapeError,
     attend,
 )
@@ -151,15 +152,15 @@ def test_gradients_are_those_of_autograd_for_any_heads_mask_cap_and_sinks(
     check_against_autograd(p, data.draw(visibilities(p)), softcap, sinks)
 
 
-def first_of_the_group(per_head: Array, kv_heads: int) -> Array:
-    return per_head.reshape(per_head.shape[0], kv_heads, -1, *per_head.shape[2:])[:, :, 0]
+def first_of_the_group(per_head: Array, group: int) -> Array:
+    return per_head[:, ::group]
 
 
-def other_sign(share: Array, d_sink: Array) -> Array:
+def other_sign(share: Array, d_sink: Array, observe: Observer) -> Array:
     return -(share * d_sink).sum(axis=(0, 2))
 
 
-def one_sink_for_all(share: Array, d_sink: Array) -> Array:
+def one_sink_for_all(share: Array, d_sink: Array, observe: Observer) -> Array:
     return np.broadcast_to((share * d_sink).mean(), share.shape[1])
 
 
@@ -174,10 +175,10 @@ class CapWithoutSlope(Capture):
 
 
 DEFECTS = [
-    ("_sum_groups", first_of_the_group),
-    ("_sink_gradient", other_sign),
-    ("_sink_gradient", one_sink_for_all),
-    ("Capture", CapWithoutSlope),
+    ("grouped.sum_groups", first_of_the_group),
+    ("attention.sink_gradient", other_sign),
+    ("attention.sink_gradient", one_sink_for_all),
+    ("attention.Capture", CapWithoutSlope),
 ]
 
 
@@ -192,7 +193,7 @@ def test_the_comparison_with_autograd_sees_a_defect(
     p = problem(0)
     visible = np.broadcast_to(np.tri(5, dtype=np.bool_), p.shape)
     check_against_autograd(p, visible, 0.7, normal(3, 4))
-    monkeypatch.setattr(golden.gradients.attention, name, defect)
+    monkeypatch.setattr(f"golden.gradients.{name}", defect)
     with pytest.raises(AssertionError, match="exceeds bound"):
         check_against_autograd(p, visible, 0.7, normal(3, 4))
 
@@ -202,12 +203,12 @@ def test_the_comparison_with_autograd_sees_a_gradient_one_part_in_10_to_the_12_o
 ) -> None:
     p = problem(0)
     visible = np.broadcast_to(np.tri(5, dtype=np.bool_), p.shape)
-    exact = golden.gradients.attention._masked_product
+    exact = golden.gradients.attention.masked_product
 
     def off(coefficients: Array, rows: Array, seen: BoolArray) -> Array:
         return exact(coefficients, rows, seen) * (1.0 + 1e-12)
 
-    monkeypatch.setattr(golden.gradients.attention, "_masked_product", off)
+    monkeypatch.setattr(golden.gradients.attention, "masked_product", off)
     with pytest.raises(AssertionError, match="exceeds bound"):
         check_against_autograd(p, visible)
 
@@ -289,7 +290,7 @@ def test_the_central_differences_see_a_defect(
     p = problem(0)
     visible = np.broadcast_to(np.tri(5, dtype=np.bool_), p.shape)
     check_against_differences(p, visible, 0.7, normal(3, 4))
-    monkeypatch.setattr(golden.gradients.attention, name, defect)
+    monkeypatch.setattr(f"golden.gradients.{name}", defect)
     with pytest.raises(AssertionError, match="exceeds bound"):
         check_against_differences(p, visible, 0.7, normal(3, 4))
 

@@ -34,6 +34,7 @@ from golden import (
     weight_shapes,
 )
 from golden.gradients import LayerGradients, context_encoding_vjp, token_generation_vjp
+from golden.gradients.steps import Summed, projection_vjp
 from tests.golden import torch_layers
 from tests.golden.layers import (
     LAYERS,
@@ -219,19 +220,21 @@ EVERYTHING = AttentionConfig(
 )
 
 
-def rms_only(norm: Any, weight: Any, unit: Array, scale: Array, d: Array) -> Any:
+def rms_only(norm: Any, weight: Any, unit: Array, scale: Array, d: Array, *_: Any) -> Any:
     g = d if weight is None else d * (norm.weight_offset + weight)
     d_x = scale * (g - unit * (g * unit).mean(axis=-1, keepdims=True))
     return d_x, (d * unit).sum(axis=(0, 1, 2)), d.sum(axis=(0, 1, 2))
 
 
-def scale_is_a_constant(norm: Any, weight: Any, unit: Array, scale: Array, d: Array) -> Any:
+def scale_is_a_constant(
+    norm: Any, weight: Any, unit: Array, scale: Array, d: Array, *_: Any
+) -> Any:
     g = d if weight is None else d * (norm.weight_offset + weight)
     d_x = scale * (g - g.mean(axis=-1, keepdims=True))
     return d_x, (d * unit).sum(axis=(0, 1, 2)), d.sum(axis=(0, 1, 2))
 
 
-def turned_forward(d: Array, cos: Array, sin: Array, *, pairing: str) -> Array:
+def turned_forward(d: Array, cos: Array, sin: Array, *, pairing: str, **_: Any) -> Array:
     return golden.rotate(d, cos, sin, pairing=pairing)
 
 
@@ -243,8 +246,9 @@ def no_temperature(tuning: Any, positions: Any) -> Array:
     return np.ones(positions.shape)
 
 
-def first_batch_row_only(x: Array, weight: Array, d: Array) -> tuple[Array, Array]:
-    return d @ weight, d[0].T @ x[0]
+def first_batch_row_only(x: Array, weight: Array, d: Array) -> tuple[Summed, Summed]:
+    (d_x, of_x), (_, of_weight) = projection_vjp(x, weight, d)
+    return (d_x, of_x), (d[0].T @ x[0], of_weight)
 
 
 def all_to_the_cache(after: Any, positions: Any, d_after: Array) -> tuple[Array, Array]:

@@ -1,5 +1,8 @@
 """Backward through every path that trains is golden's vector-Jacobian product.
 
+In 16 bits the judge decides, row by row; in float64, which it does not know, and in float32, whose
+roundings it knows too, one limit for each gradient finds any formula that is wrong.
+
 Limits, relative to the largest value of each gradient. Forward, four contractions of fewer than 100
 terms follow each other (`ROUNDOFF` in impl_layers.py); backward, each of them becomes two, so three
 times as many in all. The first-order error of a sequence of operations is proportional to the unit
@@ -20,6 +23,9 @@ from path_layers import LAYERS
 from torch import Tensor
 
 import golden
+from conformance.cases import Case, Workload
+from conformance.runner import judge_case
+from conformance.subjects import load_subject
 from impl import NeuronAttentionBase
 
 LIMITS = {torch.float64: 3 * ROUNDOFF, torch.float32: 3 * ROUNDOFF * 2.0**29}
@@ -137,6 +143,23 @@ def test_every_kind_of_layer_trains_in_every_phase_that_it_has_a_path_for() -> N
     assert kinds >= {
         (path.layer, False) for path in PATHS.values() if path.packed is None and not path.cached
     }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "work",
+    [
+        Workload(phase="cte", lengths=(17, 5), backward=True),
+        Workload(phase="tkg", lengths=(10, 4), backward=True),
+    ],
+    ids=["prefill", "decode"],
+)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_judge_finds_no_gradient_off(layer: str, work: Workload, dtype: str) -> None:
+    case = Case(config=LAYERS[layer], workload=work, dtype=dtype)
+    record = judge_case(case, load_subject("impl"))
+    assert record.verdict == "CONFORMS", f"{case.id}: {record.reason}"
+    assert not record.vacuous
 
 
 class _Scaled(torch.autograd.Function):
