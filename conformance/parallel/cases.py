@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from conformance.errors import UsageError
+from conformance.extras import Extras
 from conformance.parallel.workloads import ParallelWorkload
 from golden import AttentionConfig, GoldenError, QKNorm, RopeConfig
 from golden.sharding import Parallelism
@@ -116,6 +117,21 @@ def transitions() -> list[ParallelWorkload]:
     return made
 
 
+def adapters() -> list[ParallelWorkload]:
+    """LoRA on every mesh in both dtypes: shards alike in both phases, and unlike.
+
+    What else the layer has is drawn: heads copied and padded, fused weights, pieces and strides of
+    a sequence, norms, biases, orders of dispatch.
+    """
+    rng = random.Random(7)
+    made = []
+    for mesh, dtype in itertools.product(AXES["mesh"], AXES["dtype"]):
+        drawn = _completions(("mesh", mesh, "dtype", dtype), rng, count=100)
+        case = next(case for values in drawn if (case := _case_or_none(values)) is not None)
+        made.append(replace(case, extras=Extras(adapters=3, rank=4)))
+    return made
+
+
 def flash_decoding() -> list[ParallelWorkload]:
     """Eight decode steps with a KV head's tokens spread over the ranks that share it."""
     plain = {axis: choices[0] for axis, choices in AXES.items()}
@@ -133,7 +149,7 @@ def flash_decoding() -> list[ParallelWorkload]:
 
 
 def parallel_cases() -> list[ParallelWorkload]:
-    """Return the cases: pairwise coverage of `AXES`, transitions, and flash decoding."""
+    """Return the cases: pairwise coverage of `AXES`, transitions, adapters, flash decoding."""
     rng = random.Random(6)
     wanted = set(_possible_pairs())
     made: dict[str, ParallelWorkload] = {}
@@ -151,7 +167,7 @@ def parallel_cases() -> list[ParallelWorkload]:
             break
         wanted -= set(_pairs(best[1]))
         made[best[2].id] = best[2]
-    return [*made.values(), *transitions(), *flash_decoding()]
+    return [*made.values(), *transitions(), *adapters(), *flash_decoding()]
 
 
 def _pairs(values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str, Any]]:

@@ -58,7 +58,14 @@ class RankReference:
             capture = RankCapture(frozenset(self.workload.stages))
             run = generate_sharded if call else encode_sharded
             seen = _both(observe, capture if self.workload.stages else None)
-            result = run(self.layer, hidden, position_ids=positions, caches=caches, observe=seen)
+            result = run(
+                self.layer,
+                hidden,
+                position_ids=positions,
+                caches=caches,
+                lora=self.inputs.lora,
+                observe=seen,
+            )
             caches = result.caches
             for (rank, stage), value in capture.values.items():
                 found[Seen(rank, call, stage)] = value

@@ -72,4 +72,5 @@ def rank_call(workload: ParallelWorkload, inputs: WorkloadInputs) -> RankCall:
         next_states=np.concatenate(following, axis=1),
         next_positions=np.concatenate(places, axis=1),
         slots=-(-(q_len + workload.steps) // 16) * 16,
+        lora=inputs.lora,
     )

@@ -60,7 +60,7 @@ def record(workload: ParallelWorkload, verdict: ParallelVerdict, seconds: float)
     return CaseRecord(
         case_id=workload.id,
         suite="parallel",
-        features=(mesh,),
+        features=(mesh, *workload.extras.features),
         model="",
         layer="",
         phase="serving",
@@ -72,6 +72,7 @@ def record(workload: ParallelWorkload, verdict: ParallelVerdict, seconds: float)
             "parallelism": asdict(spread),
             "lengths": list(workload.lengths),
             "steps": workload.steps,
+            "extras": asdict(workload.extras),
         },
         subject="impl",
         profile=profile.name,

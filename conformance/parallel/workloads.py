@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from conformance.cases import Case, Workload
 from conformance.errors import UsageError
+from conformance.extras import NO_EXTRAS, Extras
 from conformance.inputs import draw_layer
 from conformance.parallel.stages import check_stages
-from golden import Array, AttentionConfig, AttentionWeights, GoldenError
+from golden import Array, AttentionConfig, AttentionWeights, GoldenError, Lora
 from golden.sharding import Parallelism
 from golden.sharding.rules import check_decode, check_layer, check_prefill
 
@@ -32,6 +33,7 @@ class ParallelWorkload:
         regime: how inputs are drawn.
         seed: of the draw.
         stages: intermediates to judge on every rank, of `conformance.parallel.stages.OBSERVABLE`.
+        extras: adapters that the rows use; nothing else comes with a layer on ranks.
 
     Raises:
         UsageError: the layer cannot be spread so, or a field is none.
@@ -45,8 +47,11 @@ class ParallelWorkload:
     regime: str = "gaussian"
     seed: int = 0
     stages: tuple[str, ...] = field(default=())
+    extras: Extras = NO_EXTRAS
 
     def __post_init__(self) -> None:
+        if self.extras.input_norm:
+            raise UsageError("extras must be adapters alone, got the input's norm")
         if self.steps < 0:
             raise UsageError(f"steps must not be negative, got {self.steps}")
         check_stages(self.stages)
@@ -72,6 +77,7 @@ class ParallelWorkload:
             dtype=self.dtype,
             regime=self.regime,
             seed=self.seed,
+            extras=self.extras,
         )
 
     @property
@@ -135,11 +141,13 @@ class WorkloadInputs:
         weights: of the whole layer.
         hidden_states: per call, `(batch, tokens of the call, hidden_size)`, whole and in order.
         position_ids: per call, `(batch, tokens of the call)`, int64, -1 for padding.
+        lora: adapters, and which of them each row uses; None without.
     """
 
     weights: AttentionWeights
     hidden_states: tuple[Array, ...]
     position_ids: tuple[NDArray[np.int64], ...]
+    lora: Lora | None = None
 
 
 def draw_workload(workload: ParallelWorkload) -> WorkloadInputs:
@@ -150,4 +158,6 @@ def draw_workload(workload: ParallelWorkload) -> WorkloadInputs:
     places += [lengths + step for step in range(workload.steps)]
     rows = np.arange(len(workload.lengths))[:, None]
     hidden = tuple(drawn.hidden_states[rows, np.maximum(at, 0)] for at in places)
-    return WorkloadInputs(weights=drawn.weights, hidden_states=hidden, position_ids=tuple(places))
+    return WorkloadInputs(
+        weights=drawn.weights, hidden_states=hidden, position_ids=tuple(places), lora=drawn.lora
+    )

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import impl
 from conformance.subjects.impl_layer import make_layer
-from golden import Array, AttentionConfig
+from conformance.tensors import Tensors, whole
+from golden import Array, AttentionConfig, Lora
 from golden.sharding import Parallelism
 
 
@@ -33,6 +34,7 @@ class RankCall:
         next_states: `(batch, steps, hidden_size)`, of the tokens decoded one after another.
         next_positions: `(batch, steps)`.
         slots: longest sequence.
+        lora: the whole layer's adapters, and which of them each row uses; None without.
     """
 
     config: AttentionConfig
@@ -46,6 +48,7 @@ class RankCall:
     next_states: Array
     next_positions: NDArray[np.int64]
     slots: int
+    lora: Lora | None = None
 
 
 @dataclass(slots=True)
@@ -80,6 +83,7 @@ def run_rank(rank: int, world_size: int, call: RankCall) -> dict[str, Array]:
     positions = torch.from_numpy(call.position_ids[:, call.order])
     states = torch.from_numpy(call.hidden_states[:, call.given[rank]]).to(dtype)
     cache: dict[str, Any] = {"kv_mgr": manager, "update_kv_per_layer": True, "idx": 0, **options}
+    cache["adapter_ids"] = None if call.lora is None else whole(call.lora.adapter_ids)
     place = call.parallelism.interleave
     first = module(
         states,
@@ -154,5 +158,6 @@ def _build(call: RankCall) -> tuple[impl.NeuronAttentionBase, dict[str, Any]]:
             "flash_decoding_enabled": cores > 1,
         },
         model={"num_cores_per_group": cores},
+        adapters=Tensors(dtype).adapters(call.lora),
         layer={**flags, "num_cores_per_group": cores},
     )

@@ -14,6 +14,7 @@ import impl.flash_decoding
 import impl.state_dict
 from conformance.subjects import impl_parallel
 from conformance.subjects.impl_parallel import RankCall, run_rank
+from impl.lora import LayerLora
 from impl.parallel.groups import ALONE
 from impl.parallel.head_layout import HeadLayout
 from impl.parallel.layer import LayerParallel, PhaseHeads
@@ -95,6 +96,18 @@ def sinks_of_another_rank(rank: int, world_size: int, call: RankCall) -> Result:
         return module, options
 
     impl_parallel._build = build
+    return run_rank(rank, world_size, call)
+
+
+def adapters_of_prefill_in_decode(rank: int, world_size: int, call: RankCall) -> Result:
+    """Decode adds the adapters of the heads of the rank's own number, not of those it holds."""
+    right = LayerLora._own
+
+    def plain(self: Any, target: str, slots: Any, *matrices: torch.Tensor) -> Any:
+        decodes = len(slots) == 1
+        return right(self, target, (rank,) if decodes else slots, *matrices)
+
+    LayerLora._own = plain
     return run_rank(rank, world_size, call)
 
 

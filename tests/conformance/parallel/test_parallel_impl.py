@@ -6,6 +6,7 @@ from typing import Any
 import planted_ranks
 import pytest
 
+from conformance.extras import NO_EXTRAS, Extras
 from conformance.parallel.cases import AXES, build_case, parallel_cases
 from conformance.parallel.run import judge_on_ranks
 from conformance.parallel.workloads import ParallelWorkload
@@ -15,15 +16,20 @@ PLAIN = {**{axis: choices[0] for axis, choices in AXES.items()}, "heads": (8, 2)
 
 
 def workload(**values: Any) -> ParallelWorkload:
+    extras = values.pop("extras", NO_EXTRAS)
     made = build_case({**PLAIN, **values})
-    return replace(made, lengths=(24, 9, 24, 9))
+    return replace(made, lengths=(24, 9, 24, 9), extras=extras)
 
 
+LORA = Extras(adapters=3, rank=4)
 CASES = {
     "heads over ranks": workload(mesh=(4, 1, 1), heads=(6, 2), bias="qkvo", qkv="fused"),
     "sequence over ranks": workload(mesh=(4, 2, 1), sinks=True, mask="window", dtype="bfloat16"),
     "sequence, then batch": workload(mesh=(8, 2, 2), heads=(8, 2), sequence="pieces", norm="flat"),
     "chunks over ranks": workload(mesh=(4, 4, 1), heads=(7, 1), mask="chunk"),
+    "adapters, cut twice": replace(
+        workload(mesh=(4, 2, 1), heads=(4, 4), bias="qkvo", dtype="bfloat16"), extras=LORA
+    ),
 }
 
 
@@ -92,6 +98,12 @@ PLANTED: list[tuple[Any, dict[str, Any], tuple[int, ...], str]] = [
         "in prompt attn",
     ),
     (
+        planted_ranks.adapters_of_prefill_in_decode,
+        {"mesh": (4, 2, 1), "heads": (4, 4), "extras": LORA},
+        (1, 2),
+        "in step 1 k_cache",
+    ),
+    (
         planted_ranks.batch_rows_swapped,
         {"mesh": (2, 1, 2), "heads": (8, 1)},
         (0, 1),
@@ -131,6 +143,8 @@ def test_cases_cover_every_mesh_and_every_pair_of_values_that_a_layer_may_have()
     for dtype in ("float32", "bfloat16"):
         for cp in (1, 2, 4):
             assert any(c.dtype == dtype and c.parallelism.cp_degree == cp for c in cases)
+    adapted = [c for c in cases if c.extras.adapters]
+    assert len(adapted) == 2 * len(meshes)
     behind = [c for c in cases if c.steps == 8]
     apart = [c.parallelism.cp_degree != c.parallelism.attention_dp_degree for c in behind]
     assert all(a or c.parallelism.cores_per_group > 1 for a, c in zip(apart, behind, strict=True))

@@ -10,7 +10,7 @@ from impl_layers import HIDDEN, WIDTH, model, positions, tokens
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from impl import NeuronAttentionBase, RotaryEmbedding
+from impl import LoraServingConfig, NeuronAttentionBase, RotaryEmbedding
 
 SEQ, BATCH = 32, 8
 MESHES: dict[str, dict[str, Any]] = {
@@ -33,6 +33,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "window": {"sliding_window": 5},
     "chunk": {"attention_chunk_size": 16},
     "norm": {"use_qk_norm": True, "rms_norm_eps": 1e-6},
+    "adapters": {"lora": LoraServingConfig(max_loras=2, max_lora_rank=3)},
 }
 
 
@@ -51,8 +52,11 @@ def run(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
     dist.destroy_process_group()
 
 
-def made(run: dict[str, Any], **features: Any) -> NeuronAttentionBase:
+def made(
+    run: dict[str, Any], lora: LoraServingConfig | None = None, **features: Any
+) -> NeuronAttentionBase:
     heads, kv = 64, 1
+    run = {**run, "lora_config": lora}
     config = model(torch.float32, run, num_attention_heads=heads, num_key_value_heads=kv)
     return NeuronAttentionBase(
         config,
@@ -72,6 +76,8 @@ def steps(layer: NeuronAttentionBase, run: dict[str, Any]) -> dict[str, dict[str
     pieces = run["tp_degree"] if run.get("sequence_parallel_enabled") else 1
     manager = layer.parallel.make_cache(layer.config)
     cache = {"kv_mgr": manager, "update_kv_per_layer": True, "idx": 0}
+    if layer.lora is not None:
+        cache["adapter_ids"] = torch.tensor([0, -1, 1, 0] * (BATCH // 4))
     return {
         "prefill": {
             "hidden_states": tokens(SEQ // pieces, BATCH, torch.float32),
@@ -108,11 +114,19 @@ def test_every_mesh_runs_on_fake_tensors(run: dict[str, Any], kind: str) -> None
 
 # those with a collective of their own; the others are made of the same
 @pytest.mark.parametrize(
-    "run", ["tensor", "context, sequence", "strided", "data, pieces"], indirect=True
+    ("run", "kind"),
+    [
+        *((mesh, "full") for mesh in ("tensor", "context, sequence", "strided", "data, pieces")),
+        # each phase has its own part of the adapters
+        *((mesh, "adapters") for mesh in ("context", "data, pieces")),
+    ],
+    indirect=["run"],
 )
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_a_mesh_compiles_as_one_graph_with_its_collectives(run: dict[str, Any], phase: str) -> None:
-    layer = made(run)
+def test_a_mesh_compiles_as_one_graph_with_its_collectives(
+    run: dict[str, Any], kind: str, phase: str
+) -> None:
+    layer = made(run, **LAYERS[kind])
     arguments = steps(layer, run)[phase]
     graphs: list[torch.fx.GraphModule] = []
 
