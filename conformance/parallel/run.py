@@ -26,7 +26,7 @@ def judge_on_ranks(
     subject: RankSubject = run_rank,
     *,
     threads: bool = False,
-    seconds: float = 60.0,
+    seconds: float = 180.0,
     alpha: float = STANDARD.per_case,
 ) -> ParallelVerdict:
     """Run a workload on its ranks and judge every rank.
