@@ -65,6 +65,7 @@ def layer_values(ranks: RankReference, rank: int, result: Mapping[str, Array]) -
         rank: which.
         result: `prefill` and `decode`, what the layer returned, `(batch, tokens, hidden_size)`, the
             steps side by side; `prefill attn` and `decode attn`, outputs of the rank's heads, BHSD;
+            `decode logsumexp_sent`, what the rank sent its group in flash decoding, likewise;
             `k_cache` and `v_cache`, the rank's contiguous cache at the end,
             `(rows, heads, slots, head_dim)`.
     """
@@ -74,8 +75,9 @@ def layer_values(ranks: RankReference, rank: int, result: Mapping[str, Array]) -
     for step in range(ranks.workload.steps):
         now = slice(step, step + 1)
         values[1 + step, "output"] = result["decode"][:, now]
-        if "decode attn" in result:
-            values[1 + step, "attn"] = result["decode attn"][:, :, now]
+        for stage in ("logsumexp_sent", "attn"):
+            if f"decode {stage}" in result:
+                values[1 + step, stage] = result[f"decode {stage}"][:, :, now]
     for call in range(ranks.workload.calls):
         positions = ranks.entries(rank, call)
         for what in ("k_cache", "v_cache"):

@@ -63,12 +63,25 @@ class _Heads:
         self.seen.append(flat.unflatten(-1, (-1, self.width)).transpose(1, 2))
 
 
+@dataclass(slots=True)
+class _Sent:
+    """Keeps the logsumexp of the rank's own keys that flash decoding sends; of no keys it is 0."""
+
+    seen: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        largest, total = (part.flatten(1, 2) for part in arguments[0])
+        self.seen.append(torch.where(total == 0, 0.0, largest + total.log()))
+
+
 def run_rank(rank: int, world_size: int, call: RankCall) -> dict[str, Array]:
     """Run the layer on this rank.
 
     Returns:
         `prefill` and `decode`: what the layer returned, `(batch, tokens, hidden_size)`;
         `prefill attn` and `decode attn`: outputs of the rank's heads, BHSD;
+        `decode logsumexp_sent`, with flash decoding: of its own keys, `(batch, heads of its group,
+        tokens, 1)`;
         `k_cache` and `v_cache`: the rank's cache afterwards. Float64, exact.
     """
     del world_size
@@ -79,6 +92,9 @@ def run_rank(rank: int, world_size: int, call: RankCall) -> dict[str, Array]:
         module.get_o_proj(phase).register_forward_pre_hook(heads)
         if module.parallel.shares_weights:
             break
+    sent = _Sent()
+    if call.parallelism.cores_per_group > 1:
+        module.row_sum_exchange.register_forward_pre_hook(sent)
     manager = module.parallel.make_cache(module.config)
     positions = torch.from_numpy(call.position_ids[:, call.order])
     states = torch.from_numpy(call.hidden_states[:, call.given[rank]]).to(dtype)
@@ -114,6 +130,8 @@ def run_rank(rank: int, world_size: int, call: RankCall) -> dict[str, Array]:
         "k_cache": k,
         "v_cache": v,
     }
+    if sent.seen:
+        found["decode logsumexp_sent"] = torch.cat(sent.seen, dim=2)
     return {name: value.to(torch.float64).numpy() for name, value in found.items()}
 
 

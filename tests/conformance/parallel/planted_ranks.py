@@ -123,15 +123,23 @@ def batch_rows_swapped(rank: int, world_size: int, call: RankCall) -> Result:
 
 def base_two_row_sums(rank: int, world_size: int, call: RankCall) -> Result:
     """Rank 1 hands over the logarithm of its rows in base two, and others take it for natural."""
-    right = impl.flash_decoding.row_sums
+    if rank == 1:
+        impl.flash_decoding.row_sums = _in_base_two(impl.flash_decoding.row_sums)
+    return run_rank(rank, world_size, call)
+
+
+def base_two_row_sums_on_all(rank: int, world_size: int, call: RankCall) -> Result:
+    impl.flash_decoding.row_sums = _in_base_two(impl.flash_decoding.row_sums)
+    return run_rank(rank, world_size, call)
+
+
+def _in_base_two(right: Any) -> Any:
 
     def in_base_two(scores: torch.Tensor) -> Any:
         sums = right(scores)
         return sums._replace(largest=sums.largest / math.log(2))
 
-    if rank == 1:
-        impl.flash_decoding.row_sums = in_base_two
-    return run_rank(rank, world_size, call)
+    return in_base_two
 
 
 def killed_in_decode(rank: int, world_size: int, call: RankCall) -> Result:

@@ -50,7 +50,7 @@ def test_chunked_layers_that_hand_tokens_on_conform(place: Any) -> None:
 SPREAD = replace(
     workload(mesh=(4, 1, 1), sinks=True),
     parallelism=Parallelism(tp_degree=4, cores_per_group=2),
-    stages=(),
+    stages=("logsumexp_sent", "attn"),
 )
 
 
@@ -59,10 +59,21 @@ def test_flash_decoding_conforms() -> None:
     assert (verdict.verdict, verdict.reason) == ("CONFORMS", "")
 
 
-def test_row_sums_in_base_two_are_found_where_ranks_have_joined_them() -> None:
-    verdict = judge_on_ranks(SPREAD, planted_ranks.base_two_row_sums)
-    assert (verdict.verdict, verdict.culprits) == ("DEVIATES", (0, 1, 2, 3))
-    assert "in step 1 output" in verdict.reason
+@pytest.mark.parametrize(
+    ("subject", "culprits"),
+    [
+        (planted_ranks.base_two_row_sums, (1,)),
+        # the same mistake on every rank is every rank's: none may be left out
+        (planted_ranks.base_two_row_sums_on_all, (0, 1, 2, 3)),
+    ],
+)
+def test_row_sums_in_base_two_name_the_ranks_that_send_them(
+    subject: Any, culprits: tuple[int, ...]
+) -> None:
+    verdict = judge_on_ranks(SPREAD, subject)
+    assert (verdict.verdict, verdict.culprits) == ("DEVIATES", culprits)
+    assert "in step 1 logsumexp_sent" in verdict.reason
+    assert "in all, ranks 0, 1, 2 and 3 deviate" in verdict.reason  # they join what they are sent
 
 
 PLANTED: list[tuple[Any, dict[str, Any], tuple[int, ...], str]] = [
