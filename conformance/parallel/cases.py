@@ -136,12 +136,14 @@ def flash_decoding() -> list[ParallelWorkload]:
     """Eight decode steps with a KV head's tokens spread over the ranks that share it."""
     plain = {axis: choices[0] for axis, choices in AXES.items()}
     made = []
-    for mesh, heads, cores, sinks in (
+    layers = (
         ((4, 1, 1), (8, 2), 2, True),
         ((8, 1, 1), (7, 1), 8, False),
         ((8, 1, 1), (8, 2), 4, True),
-    ):
-        case = build_case({**plain, "mesh": mesh, "heads": heads, "sinks": sinks}, steps=8)
+    )
+    for (mesh, heads, cores, sinks), dtype in itertools.product(layers, AXES["dtype"]):
+        values = {"mesh": mesh, "heads": heads, "sinks": sinks, "dtype": dtype}
+        case = build_case({**plain, **values}, steps=8)
         spread = replace(case.parallelism, cores_per_group=cores)
         made.append(replace(case, parallelism=spread, stages=("logsumexp_sent", "attn")))
     return made

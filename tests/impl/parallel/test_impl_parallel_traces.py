@@ -1,5 +1,6 @@
 """Collectives trace: fake tensors and whole-graph compilation on one rank of a fake group."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,7 @@ MESHES: dict[str, dict[str, Any]] = {
     },
     "data": {"tp_degree": 4, "attention_dp_degree": 2, "cp_degree": 2},
     "data, pieces": {"tp_degree": 8, "attention_dp_degree": 2, "ep_dispatch_cc_option": "RS_AG"},
+    "cores": {"tp_degree": 4, "flash_decoding_enabled": True},
     "eight by eight": {"tp_degree": 64, "cp_degree": 8, "attention_dp_degree": 8},
 }
 LAYERS: dict[str, dict[str, Any]] = {
@@ -34,10 +36,25 @@ LAYERS: dict[str, dict[str, Any]] = {
     "chunk": {"attention_chunk_size": 16},
     "norm": {"use_qk_norm": True, "rms_norm_eps": 1e-6},
     "adapters": {"lora": LoraServingConfig(max_loras=2, max_lora_rank=3)},
+    "cores": {"num_cores_per_group": 4},
 }
 
 
-@pytest.fixture(params=MESHES)
+def served() -> Iterator[tuple[str, str]]:
+    """Meshes and layers that go together: flash decoding has a mesh and a layer of its own."""
+    for (mesh, fields), kind in itertools.product(MESHES.items(), LAYERS):
+        limited = kind in ("window", "chunk")
+        unlimited = mesh in ("strided", "cores")
+        chunked_data = kind == "chunk" and fields.get("attention_dp_degree", 1) > 1
+        if (
+            not (limited and unlimited)
+            and not chunked_data
+            and (mesh == "cores") == (kind == "cores")
+        ):
+            yield mesh, kind
+
+
+@pytest.fixture
 def run(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
     fields = dict(MESHES[request.param])
     dist.init_process_group(
@@ -57,7 +74,13 @@ def made(
 ) -> NeuronAttentionBase:
     heads, kv = 64, 1
     run = {**run, "lora_config": lora}
-    config = model(torch.float32, run, num_attention_heads=heads, num_key_value_heads=kv)
+    config = model(
+        torch.float32,
+        run,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        num_cores_per_group=features.get("num_cores_per_group", 1),
+    )
     return NeuronAttentionBase(
         config,
         HIDDEN,
@@ -94,12 +117,8 @@ def steps(layer: NeuronAttentionBase, run: dict[str, Any]) -> dict[str, dict[str
     }
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(("run", "kind"), tuple(served()), indirect=["run"])
 def test_every_mesh_runs_on_fake_tensors(run: dict[str, Any], kind: str) -> None:
-    strided = run.get("strided_context_parallel_kernel_enabled")
-    chunked_data = kind == "chunk" and run.get("attention_dp_degree", 1) > 1
-    if (strided and kind in ("window", "chunk")) or chunked_data:
-        pytest.skip("refused")
     layer = made(run, **LAYERS[kind])
     for arguments in steps(layer, run).values():
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -119,6 +138,7 @@ def test_every_mesh_runs_on_fake_tensors(run: dict[str, Any], kind: str) -> None
         *((mesh, "full") for mesh in ("tensor", "context, sequence", "strided", "data, pieces")),
         # each phase has its own part of the adapters
         *((mesh, "adapters") for mesh in ("context", "data, pieces")),
+        ("cores", "cores"),
     ],
     indirect=["run"],
 )
