@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from conformance.error_model import MANY_RUNS, fewest_runs, predict_scale
+from conformance.error_model import predict_scale
 from conformance.false_alarms import STANDARD
 from conformance.judge import Judgement, judge_outputs
+from conformance.looks import look
 from conformance.parallel.expected import RankReference, in_turn, rank_reference, reference
 from conformance.parallel.observations import RankObservation, Values, observed
 from conformance.parallel.precision import on_ranks
@@ -131,20 +132,19 @@ def judge_ranks(
         str(seen): np.asarray(by_rank[seen.rank].values[seen.call, seen.what], np.float64)
         for seen in everything
     }
-    runs = fewest_runs(expected.outputs)
-    while True:
-        scales = predict_scale(
+    judgement, _ = look(
+        expected.outputs,
+        lambda runs: predict_scale(
             expected.evaluate,
             expected.outputs,
             expected.rows,
             profile,
             seed=zlib.crc32(workload.id.encode()),
             runs=runs,
-        )
-        judgement = judge_outputs(values, expected.outputs, expected.rows, scales, alpha=alpha)
-        if judgement.conforms or runs == MANY_RUNS:
-            return _verdict(workload, everything, judgement)
-        runs = MANY_RUNS  # few runs may know a row's error scale too little
+        ),
+        lambda scales: judge_outputs(values, expected.outputs, expected.rows, scales, alpha=alpha),
+    )
+    return _verdict(workload, everything, judgement)
 
 
 def _broken(
