@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -18,11 +17,11 @@ from conformance.errors import UsageError
 from conformance.false_alarms import DEFAULT_RATE
 from conformance.precision import PROFILES
 from conformance.presets import PRESETS
-from conformance.selection import SUITES, select_cases
+from conformance.selection import PARALLEL, SUITES, select_cases
 from conformance.subjects import BUILT_IN, load_subject
 from conformance.terminal import console
 from conformance.tiers import TIERS
-from reports.records import RecordError, Results, read_results, write_results
+from reports.records import RecordError, Results, read_results
 
 _console = console()
 _TIER = click.option("--tier", type=click.Choice(TIERS), default="smoke", show_default=True)
@@ -51,9 +50,10 @@ _PROFILE = click.option(
 _SUITE = click.option(
     "--suite",
     "suites",
-    type=click.Choice(SUITES),
+    type=click.Choice((*SUITES, PARALLEL)),
     multiple=True,
-    help="Suite to take; repeatable. Default: all that fit the subject.",
+    help="Suite to take; repeatable. Default: all that fit the subject but parallel, which is impl "
+    "on real ranks.",
 )
 _PRESET = click.option(
     "--preset", "presets", multiple=True, metavar="NAME", help="Published model; repeatable."
@@ -68,6 +68,28 @@ _CACHE_DIR = click.option(
     type=click.Path(file_okay=False, path_type=Path),
     envvar="ATTN_CONFORMANCE_CACHE",
     help="Keep golden's outputs and error scales there for later runs.",
+)
+_RESULTS = click.option(
+    "--results",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("results.jsonl"),
+    show_default=True,
+    help="Where the records go, one JSON line each.",
+)
+_REPORT = click.option(
+    "--report",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("report.html"),
+    show_default=True,
+    help="Where the HTML report goes.",
+)
+_JOBS = click.option(
+    "-j",
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=os.cpu_count() or 1,
+    show_default="all cores",
+    help="Processes to judge in.",
 )
 _MODEL = click.option("--model", metavar="NAME", help="Real model with its weights: smollm2.")
 
@@ -120,20 +142,8 @@ def main() -> None:
     is_flag=True,
     help="Also record which known defects each core case would not reject; costs a judgement each.",
 )
-@click.option(
-    "--results",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=Path("results.jsonl"),
-    show_default=True,
-    help="Where the records go, one JSON line each.",
-)
-@click.option(
-    "--report",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=Path("report.html"),
-    show_default=True,
-    help="Where the HTML report goes.",
-)
+@_RESULTS
+@_REPORT
 @_CACHE_DIR
 @click.option(
     "--cache-mb",
@@ -142,14 +152,7 @@ def main() -> None:
     show_default=True,
     help="Megabytes that directory may take.",
 )
-@click.option(
-    "-j",
-    "--jobs",
-    type=click.IntRange(min=1),
-    default=os.cpu_count() or 1,
-    show_default="all cores",
-    help="Processes to judge in.",
-)
+@_JOBS
 def run(
     subjects: tuple[str, ...],
     profile: str | None,
@@ -210,42 +213,23 @@ def run(
 
 @main.command()
 @click.option("--case", "ids", multiple=True, metavar="ID", help="Just this case; repeatable.")
-@click.option(
-    "--results",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=Path("parallel.jsonl"),
-    show_default=True,
-    help="Where the records go, one JSON line each; `attn-conformance report` makes a page of it.",
-)
-@click.option(
-    "-j",
-    "--jobs",
-    type=click.IntRange(min=1),
-    default=os.cpu_count() or 1,
-    show_default="all cores",
-    help="Cases to judge at a time.",
-)
-def parallel(ids: tuple[str, ...], results: Path, jobs: int) -> None:
-    """Judge impl on real ranks: tensor, context and data parallel, every rank by itself."""
-    from conformance.parallel.session import judge_cases
-    from conformance.session import summary_table
+@_RESULTS
+@_REPORT
+@_JOBS
+@click.pass_context
+def parallel(
+    context: click.Context, ids: tuple[str, ...], results: Path, report: Path, jobs: int
+) -> None:
+    """Judge impl on real ranks, every rank by itself: `run --suite parallel`."""
+    from conformance.selection import parallel_case
 
-    started = time.time()
     try:
-        records = judge_cases(ids, jobs=jobs, console=_console)
+        for text in ids:
+            parallel_case(text)
     except UsageError as error:
         raise _Failure(str(error)) from error
-    environment = {
-        "command": shlex.join(["attn-conformance", *sys.argv[1:]]),
-        "subject": "impl on real ranks",
-        "seconds": round(time.time() - started, 1),
-    }
-    write_results(results, environment, records)
-    found = read_results(results)
-    _console.print(summary_table(found))
-    _print_failures(found)
-    _console.print(f"results: {results}", highlight=False)
-    sys.exit(1 if any(case.failed for case in records) else 0)
+    suites = () if ids else (PARALLEL,)
+    context.invoke(run, suites=suites, ids=ids, results=results, report=report, jobs=jobs)
 
 
 def _print_failures(results: Results, limit: int = 10) -> None:

@@ -24,6 +24,7 @@ from reports.records import CaseRecord, case_from_dict, case_to_dict, write_resu
 
 if TYPE_CHECKING:
     from conformance.cases import Case
+    from conformance.parallel.workloads import ParallelWorkload
     from conformance.subjects import Subject
 
 _RECORD = "conformance_record"
@@ -68,7 +69,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="features, serving, core or presets; repeatable (default: all the subject takes)",
+        help="features, serving, core, presets, or parallel: impl on real ranks; repeatable "
+        "(default: all the subject takes but parallel)",
     )
     group.addoption(
         "--false-alarm-rate",
@@ -126,11 +128,11 @@ class Plan(NamedTuple):
     """What a session is to judge.
 
     Attributes:
-        pairs: what to judge, on what; one subject after the other.
+        pairs: what to judge, on what; one subject after the other, cases on one rank or on many.
         alarms: the run's chance of a false alarm, shared by all of them.
     """
 
-    pairs: list[tuple[Subject, Case]]
+    pairs: list[tuple[Subject, Case | ParallelWorkload]]
     alarms: FalseAlarms
 
 

@@ -301,8 +301,9 @@ class AttentionCore(AttentionSetup):
         sink = self.get_learned_sinks(is_prefill_stage=False)
         if self.parallel.core_group.size > 1:
             cached, active = KeyPart(k_prior, v_prior, seen), KeyPart(k, v, own)
-            group = self.parallel.core_group
-            return attend_on_group(q, cached, active, sink, self.score_rule, group)
+            return attend_on_group(
+                q, cached, active, position_ids, sink, self.score_rule, self.row_sum_exchange
+            )
         return decode(
             q,
             k,

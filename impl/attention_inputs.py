@@ -72,7 +72,7 @@ class AttentionInputs(AttentionRotary):
         self.num_key_value_groups = self.num_heads // self.num_key_value_heads
         self.qkv_bias = qkv_bias
         self._init_norms(q_layernorm, k_layernorm)
-        self.lora = self._make_lora(parallel.prefill_heads)
+        self.lora = self._make_lora(parallel)
         self.parallel = parallel
         self.clip_qkv = clip_qkv
         if parallel.shares_weights:
@@ -93,7 +93,7 @@ class AttentionInputs(AttentionRotary):
             clip_qkv=self.clip_qkv,
         )
 
-    def _make_lora(self, heads: PhaseHeads) -> LayerLora | None:
+    def _make_lora(self, parallel: LayerParallel) -> LayerLora | None:
         config = self.neuron_config.lora_config
         if config is None:
             return None
@@ -101,8 +101,8 @@ class AttentionInputs(AttentionRotary):
             config,
             self.options,
             input_size=self.input_size,
-            query=heads.query,
-            key_value=heads.key_value,
+            prefill=parallel.prefill_heads.held,
+            decode=None if parallel.shares_weights else parallel.decode_heads.held,
             dtype=self.torch_dtype,
         )
 
@@ -163,7 +163,9 @@ class AttentionInputs(AttentionRotary):
             hidden_states = rmsnorm(hidden_states).to(self.torch_dtype)
         adapt = None
         if self.lora is not None:
-            adapt = partial(self.lora.add, hidden_states, adapter_ids)
+            adapt = partial(
+                self.lora.add, hidden_states, adapter_ids, is_prefill_stage=is_prefill_stage
+            )
         q, k, v = self.get_qkv_proj(is_prefill_stage)(hidden_states, adapt)
         options = self.options
         scope, weighted = options.qk_layernorm_scope, options.qk_layernorm_placement

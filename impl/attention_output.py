@@ -73,10 +73,12 @@ class AttentionOutput(AttentionCore):
         self, merged: Tensor, phase: PrefillPhase | DecodePhase, step: StepInputs
     ) -> Tensor:
         """Project the heads' outputs, with the term of the rows' adapters."""
-        project: Projection = self.get_o_proj(step.phase is Phase.CONTEXT_ENCODING)
+        encodes = step.phase is Phase.CONTEXT_ENCODING
+        project: Projection = self.get_o_proj(encodes)
         if self.lora is None:
             return project(merged, phase.reduce)
-        adapt = partial(self.lora.add, merged, step.adapter_ids, "o_proj")
+        add = partial(self.lora.add, is_prefill_stage=encodes)
+        adapt = partial(add, merged, step.adapter_ids, "o_proj")
         if phase.stage.tp.size == 1:
             return adapt(project(merged, phase.reduce))
         return project(merged, lambda product: phase.reduce(adapt(product)))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from impl.attention_inputs import AttentionInputs
 from impl.config import InferenceConfig
+from impl.flash_decoding import RowSumExchange
 from impl.kernels import PrefillRule, native
 from impl.kernels.nki import device_obstacle
 from impl.layer_options import LayerOptions
@@ -47,6 +48,7 @@ class AttentionSetup(AttentionInputs):
         # A windowed layer keeps its keys as rows, as its cache does.
         self.k_cache_transposed = run.k_cache_transposed and options.sliding_window is None
         self.cache_layout = self._default_layout()
+        self.row_sum_exchange = RowSumExchange(self.parallel.core_group)
         self.score_rule = native.ScoreRule(
             divisor=options.divisor, softcap=options.attn_logit_softcapping
         )

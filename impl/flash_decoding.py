@@ -7,7 +7,8 @@ outputs add up. With parts `p`:
 
     m = max_p m_p      total = sum_p exp(m_p - m) total_p      out = sum_p exp(s_p - m) / total v_p
 
-A sink counts once, in the join. A step's own keys are one more part, of core 0 alone.
+A sink counts once, in the join. A step's own keys are one more part: each counts on the core that
+is going to keep it.
 `attend_on_group` does this on the ranks of a group; `attend_parts` with all parts in one place.
 
 Source: Dao et al. (2023), Flash-Decoding; neuronx-distributed-inference, `distributed_softmax` and
@@ -20,7 +21,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from impl.errors import ConfigError, explain
 from impl.kernels.native import ScoreRule, attention_scores
@@ -174,8 +175,34 @@ def attend_parts(
     return torch.stack(outputs).sum(dim=0).to(q.dtype)
 
 
+class RowSumExchange(nn.Module):
+    """Gives every core of a group the row sums of all.
+
+    It is a module so that a forward hook sees what each core sends: a core that sends something
+    wrong spoils the outputs of its whole group.
+
+    Args:
+        group: the cores.
+    """
+
+    def __init__(self, group: Group) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, own: RowSums) -> list[RowSums]:
+        """Gather row sums, by core."""
+        pairs = all_gather(torch.stack(own)[None], 0, self.group)
+        return [RowSums(*pair.unbind(0)) for pair in pairs.unbind(0)]
+
+
 def attend_on_group(
-    q: Tensor, cached: KeyPart, active: KeyPart, sink: Tensor | None, rule: ScoreRule, group: Group
+    q: Tensor,
+    cached: KeyPart,
+    active: KeyPart,
+    position_ids: Tensor,
+    sink: Tensor | None,
+    rule: ScoreRule,
+    exchange: RowSumExchange,
 ) -> Tensor:
     """Attention of a decode step on one core of a group that keeps a KV head's tokens together.
 
@@ -185,19 +212,21 @@ def attend_on_group(
         q: `(batch, num_attention_heads, q_len, head_dim)`, BHSD, of this core's query heads.
         cached: this core's tokens, of one KV head.
         active: the step's own, the same on every core.
+        position_ids: `(batch, active tokens)`, which say on which core each of those counts.
         sink: `(num_attention_heads,)`, of this core's query heads, or None.
         rule: scale and softcap.
-        group: the cores.
+        exchange: of the cores' row sums.
 
     Returns:
         Like `q`, in its dtype.
     """
+    group = exchange.group
     queries = all_gather(q, 1, group)
     sinks = None if sink is None else all_gather(sink, 0, group)
-    parts = (cached, active._replace(mask=active.mask & (group.rank == 0)))
+    kept = (position_ids % group.size == group.rank)[:, None, None]
+    parts = (cached, active._replace(mask=active.mask & kept))
     scores = [part_scores(queries, part, rule) for part in parts]
     own = join_row_sums([row_sums(part) for part in scores])
-    pairs = all_gather(torch.stack(own)[None], 0, group)
-    joint = join_row_sums([RowSums(*pair.unbind(0)) for pair in pairs.unbind(0)], sinks)
+    joint = join_row_sums(exchange(own), sinks)
     first, second = (part_output(s, p, joint) for s, p in zip(scores, parts, strict=True))
     return reduce_scatter(first + second, 1, group).to(q.dtype)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from impl.errors import ConfigError, ShapeError, StateDictError, explain
 from impl.layer_options import LayerOptions
 from impl.neuron_config import require, require_positive
-from impl.parallel.head_layout import Slots
+from impl.parallel.head_layout import ShardHeads, Slots
 from impl.parallel.weights import shard_heads
 from impl.precision import compute_dtype
 
@@ -118,14 +118,16 @@ class LayerLora(nn.ModuleDict):
     """Adapters of one layer, by projection; on several ranks, of this rank's heads.
 
     A rank holds `lora_B` of its heads of q, k and v, and `lora_A` of its heads' columns of the
-    output projection, whose terms add up over ranks as its products do.
+    output projection, whose terms add up over ranks as its products do. Where prefill and decode
+    give a rank other heads it holds both parts, as it does of the weights: `cte_q_proj` and
+    `tkg_q_proj` in place of `q_proj`.
 
     Args:
         config: which projections, how many adapters, of which rank.
         options: the layer's numeric options.
         input_size: width of what q, k and v read.
-        query: query head in each slot of this rank.
-        key_value: KV head in each slot of this rank.
+        prefill: this rank's heads in prefill.
+        decode: its heads in decode; None is those of prefill, and one part for both.
         dtype: the layer's dtype.
     """
 
@@ -135,24 +137,37 @@ class LayerLora(nn.ModuleDict):
         options: LayerOptions,
         *,
         input_size: int,
-        query: Slots,
-        key_value: Slots,
+        prefill: ShardHeads,
+        decode: ShardHeads | None = None,
         dtype: torch.dtype,
     ) -> None:
         width, hidden = options.width, options.hidden_size
-        slots = {"q_proj": query, "k_proj": key_value, "v_proj": key_value, "o_proj": query}
-        own = {target: (input_size, len(held) * width) for target, held in slots.items()}
-        own["o_proj"] = (len(query) * width, hidden)
-        super().__init__(
-            {t: LoraProjection(config, *own[t], dtype=dtype) for t in config.target_modules}
-        )
+        self._prefixes = ("", "") if decode is None else ("tkg_", "cte_")
+        made, slots = dict[str, nn.Module](), dict[str, tuple[str, Slots]]()
+        for heads, prefix in zip((decode or prefill, prefill), self._prefixes, strict=True):
+            for target in config.target_modules:
+                held = heads.query if target in ("q_proj", "o_proj") else heads.key_value
+                sizes = (input_size, len(held) * width)
+                if target == "o_proj":
+                    sizes = (len(held) * width, hidden)
+                made[prefix + target] = LoraProjection(config, *sizes, dtype=dtype)
+                slots[prefix + target] = (target, held)
+        super().__init__(made)
         self.config = config
         self._slots, self._head_dim = slots, width
         q, kv = options.num_attention_heads * width, options.num_key_value_heads * width
         self._whole = {"q_proj": (input_size, q), "o_proj": (q, hidden)}
         self._whole |= dict.fromkeys(("k_proj", "v_proj"), (input_size, kv))
 
-    def add(self, x: Tensor, adapter_ids: Tensor | None, target: str, product: Tensor) -> Tensor:
+    def add(
+        self,
+        x: Tensor,
+        adapter_ids: Tensor | None,
+        target: str,
+        product: Tensor,
+        *,
+        is_prefill_stage: bool,
+    ) -> Tensor:
         """Add each row's low-rank term to a projection.
 
         Args:
@@ -160,13 +175,15 @@ class LayerLora(nn.ModuleDict):
             adapter_ids: `(batch,)`, or None for no adapters.
             target: `q_proj`, `k_proj`, `v_proj` or `o_proj`.
             product: `(batch, seq_len, out_features)`, the projection of `x` with its bias.
+            is_prefill_stage: the phase, which says which heads this rank holds.
 
         Returns:
             Like `product`.
         """
-        if adapter_ids is None or target not in self:
+        name = self._prefixes[is_prefill_stage] + target
+        if adapter_ids is None or name not in self:
             return product
-        term: Tensor = self[target](x, adapter_ids)
+        term: Tensor = self[name](x, adapter_ids)
         return (product.to(term.dtype) + term).to(product.dtype)
 
     def load_adapter(
@@ -202,30 +219,32 @@ class LayerLora(nn.ModuleDict):
                 found.setdefault(entry[1], {})[entry[2]] = value
         self._check(found)
         with torch.no_grad():
-            for target, module in self.items():
+            for name, module in self.items():
                 assert isinstance(module, LoraProjection)
+                target, slots = self._slots[name]
                 module.lora_A[index].zero_()
                 module.lora_B[index].zero_()
                 if target not in found:
                     continue
-                down, up = self._own(target, found[target]["A"], found[target]["B"])
+                down, up = self._own(target, slots, found[target]["A"], found[target]["B"])
                 rank = down.shape[0]
                 module.lora_A[index, :rank] = down
                 module.lora_B[index, :, :rank] = up
                 module.scaling[index] = lora_alpha / (rank**0.5 if use_rslora else rank)
 
-    def _own(self, target: str, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    def _own(self, target: str, slots: Slots, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's heads of an adapter's two matrices."""
-        slots, width = self._slots[target], self._head_dim
+        width = self._head_dim
         if target == "o_proj":
             return shard_heads(down, slots, width, 1), up
         return down, shard_heads(up, slots, width)
 
     def _check(self, found: Mapping[str, Mapping[str, Tensor]]) -> None:
-        unknown = sorted(set(found) - set(self))
+        known = sorted(self.config.target_modules)
+        unknown = sorted(set(found) - set(known))
         if unknown or not found:
             raise StateDictError(
-                explain("adapter", f"name projections among {sorted(self)}", unknown or "none")
+                explain("adapter", f"name projections among {known}", unknown or "none")
             )
         for target, pair in found.items():
             if set(pair) != {"A", "B"}:

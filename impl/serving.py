@@ -36,25 +36,15 @@ def _refuse(argument: str, rule: str, got: object, hint: str) -> None:
 
 
 def check_layer_config(neuron_config: NeuronConfig) -> None:
-    """Refuse a layer this version cannot run.
+    """Refuse adapters that are not described.
 
     Raises:
         ConfigError: `lora_config` is of another kind.
-        UnsupportedError: adapters where the phases shard the weights unlike.
     """
     lora = neuron_config.lora_config
     if lora is not None and not isinstance(lora, LoraServingConfig):
         raise ConfigError(
             explain("lora_config", "be a LoraServingConfig or None", type(lora).__name__)
-        )
-    run = neuron_config
-    if lora is not None and run.cp_degree != run.attention_dp_degree:
-        _refuse(
-            "lora_config",
-            "be None where prefill and decode shard the weights unlike",
-            f"adapters, cp_degree {run.cp_degree} and attention_dp_degree "
-            f"{run.attention_dp_degree}",
-            "merge the adapter into the weights",
         )
 
 

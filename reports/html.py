@@ -21,7 +21,15 @@ from reports import formatting, summary
 from reports.distribution import BAR_HEIGHT, BAR_WIDTH, distribution
 from reports.embed import embedded
 from reports.links import case_keys, fragment
-from reports.matrix import FEATURE_SUITES, MODEL_SUITES, NONE, Matrix, feature_matrix, model_matrix
+from reports.matrix import (
+    FEATURE_SUITES,
+    MODEL_SUITES,
+    NONE,
+    Matrix,
+    feature_matrix,
+    mesh_matrix,
+    model_matrix,
+)
 from reports.records import VERDICTS, CaseRecord, Results
 from reports.sections import Block, blocks
 
@@ -147,6 +155,7 @@ def _matrices(
         for title, row, matrix in (
             ("Features", "feature", feature_matrix),
             ("Models", "model and layer", model_matrix),
+            ("Many ranks", "mesh", mesh_matrix),
         )
     ]
 

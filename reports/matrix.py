@@ -17,6 +17,9 @@ FEATURE_SUITES = ("features", "serving", "core", "gradients")
 MODEL_SUITES = ("presets", "model")
 """Suites counted in the model matrix."""
 
+PARALLEL_SUITES = ("parallel",)
+"""Suites counted in the matrix of meshes."""
+
 NONE = "(none)"
 """Row of cases that name no feature, model or layer, and the filter value that finds them."""
 
@@ -181,6 +184,10 @@ def _matrix(
     )
 
 
+def _feature_rows(case: CaseRecord) -> list[_Row]:
+    return [(("feature", feature),) for feature in case.features or (NONE,)]
+
+
 def feature_matrix(cases: Sequence[CaseRecord], *, subject: str = "") -> Matrix:
     """Count the cases of the feature suites; a case counts in the row of every feature it lists.
 
@@ -189,12 +196,17 @@ def feature_matrix(cases: Sequence[CaseRecord], *, subject: str = "") -> Matrix:
         subject: count this subject's cases, a column per phase and dtype; empty counts all, and if
             that is more than one subject's, a column per subject.
     """
-    return _matrix(
-        cases,
-        lambda case: [(("feature", feature),) for feature in case.features or (NONE,)],
-        FEATURE_SUITES,
-        subject,
-    )
+    return _matrix(cases, _feature_rows, FEATURE_SUITES, subject)
+
+
+def mesh_matrix(cases: Sequence[CaseRecord], *, subject: str = "") -> Matrix:
+    """Count the cases of many ranks, a row per mesh and per what they exercise besides.
+
+    Args:
+        cases: records of one report.
+        subject: as in `feature_matrix`.
+    """
+    return _matrix(cases, _feature_rows, PARALLEL_SUITES, subject)
 
 
 def model_matrix(cases: Sequence[CaseRecord], *, subject: str = "") -> Matrix:

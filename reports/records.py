@@ -79,12 +79,29 @@ class Statistic:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RankRecord:
+    """One rank's verdict on a case that many ranks computed.
+
+    Attributes:
+        rank: its number.
+        verdict: one of `VERDICTS`.
+        reason: one sentence with call and stage, empty when it conforms.
+        first: whether it is among those that went wrong first; others may have what it sent them.
+    """
+
+    rank: int
+    verdict: str
+    reason: str = ""
+    first: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CaseRecord:
     """One subject's verdict on one case.
 
     Attributes:
         case_id: stable id from which alone the case can be rebuilt.
-        suite: suite it belongs to: `features`, `serving`, `core`, `presets` or `model`.
+        suite: suite it belongs to: `features`, `serving`, `core`, `presets`, `model` or `parallel`.
         features: what the case exercises, such as `sinks` or `sliding window`.
         model: published model the layer comes from, empty for a synthetic layer.
         layer: kind of layer within the model, such as `sliding`; empty for a synthetic layer.
@@ -108,6 +125,7 @@ class CaseRecord:
         vacuous: outputs of which the case could not tell zeros from the truth.
         undetected: known defects that the case would not reject, by id, with why; empty unless
             the run asked.
+        ranks: every rank's verdict, in their order; empty where one rank computed the case.
     """
 
     case_id: str
@@ -134,6 +152,7 @@ class CaseRecord:
     power: Mapping[str, float] = field(default_factory=dict)
     vacuous: tuple[str, ...] = ()
     undetected: Mapping[str, str] = field(default_factory=dict)
+    ranks: tuple[RankRecord, ...] = ()
 
     def __post_init__(self) -> None:
         if self.verdict not in VERDICTS:
@@ -220,6 +239,7 @@ def case_from_dict(data: Mapping[str, Any]) -> CaseRecord:
         power = fields.get("power", {})
         fields["power"] = {name: float(value) for name, value in power.items()}
         fields["vacuous"] = tuple(fields.get("vacuous", ()))
+        fields["ranks"] = tuple(RankRecord(**item) for item in fields.get("ranks", ()))
         worst = fields["worst"]
         if worst is not None:
             numbers = ("observed", "expected", "error", "sigma", "z")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from reports.formatting import cut, duration, exact, flatten, number, place, ratio
-from reports.records import CaseRecord, Statistic, Worst
+from reports.records import CaseRecord, RankRecord, Statistic, Worst
 
 LONGEST_TRACEBACK = 20_000
 """Characters of a traceback that are shown."""
@@ -51,6 +51,8 @@ Block = Facts | Grid | Code
 
 def blocks(case: CaseRecord) -> Iterator[Block]:
     """Yield everything the record says beyond its verdict and reason, in reading order."""
+    if case.ranks:
+        yield _ranks(case.ranks)
     if case.worst is not None:
         yield _worst(case.worst)
     if case.statistics:
@@ -79,6 +81,18 @@ def blocks(case: CaseRecord) -> Iterator[Block]:
     if case.seconds:
         times = tuple((step, duration(seconds)) for step, seconds in case.seconds.items())
         yield Facts(title="Time", pairs=times)
+
+
+def _ranks(ranks: tuple[RankRecord, ...]) -> Grid:
+    return Grid(
+        title="Ranks",
+        header=("rank", "verdict", "wrong first", "why"),
+        rows=tuple(
+            (f"rank {rank.rank}", rank.verdict, "yes" if rank.first else "", rank.reason)
+            for rank in ranks
+        ),
+        marked=tuple(place for place, rank in enumerate(ranks) if rank.first),
+    )
 
 
 def _worst(worst: Worst) -> Facts:

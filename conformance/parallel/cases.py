@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from conformance.errors import UsageError
+from conformance.extras import Extras
 from conformance.parallel.workloads import ParallelWorkload
 from golden import AttentionConfig, GoldenError, QKNorm, RopeConfig
 from golden.sharding import Parallelism
@@ -130,24 +131,44 @@ def transitions() -> list[ParallelWorkload]:
     return made
 
 
+def adapters() -> list[ParallelWorkload]:
+    """LoRA on every mesh in both dtypes: shards alike in both phases, and unlike.
+
+    What else the layer has is drawn: heads copied and padded, fused weights, pieces and strides of
+    a sequence, norms, biases, orders of dispatch.
+    """
+    rng = random.Random(7)
+    made = []
+    for mesh, dtype in itertools.product(AXES["mesh"], AXES["dtype"]):
+        drawn = _completions(("mesh", mesh, "dtype", dtype), rng, count=100)
+        case = next(
+            case
+            for values in drawn
+            if values["prompt"] != "packed" and (case := _case_or_none(values)) is not None
+        )
+        made.append(replace(case, extras=Extras(adapters=3, rank=4)))
+    return made
+
+
 def flash_decoding() -> list[ParallelWorkload]:
     """Eight decode steps with a KV head's tokens spread over the ranks that share it."""
     plain = {axis: choices[0] for axis, choices in AXES.items()}
     made = []
-    for mesh, heads, cores, sinks in (
+    layers = (
         ((4, 1, 1), (8, 2), 2, True),
         ((8, 1, 1), (7, 1), 8, False),
         ((8, 1, 1), (8, 2), 4, True),
-    ):
-        case = build_case({**plain, "mesh": mesh, "heads": heads, "sinks": sinks}, steps=8)
+    )
+    for (mesh, heads, cores, sinks), dtype in itertools.product(layers, AXES["dtype"]):
+        values = {"mesh": mesh, "heads": heads, "sinks": sinks, "dtype": dtype}
+        case = build_case({**plain, **values}, steps=8)
         spread = replace(case.parallelism, cores_per_group=cores)
-        # golden's heads are partial on each core, impl hands over joined ones
-        made.append(replace(case, parallelism=spread, stages=()))
+        made.append(replace(case, parallelism=spread, stages=("logsumexp_sent", "attn")))
     return made
 
 
 def parallel_cases() -> list[ParallelWorkload]:
-    """Return the cases: pairwise coverage of `AXES`, transitions, and flash decoding."""
+    """Return the cases: pairwise coverage of `AXES`, transitions, adapters, flash decoding."""
     rng = random.Random(6)
     wanted = set(_possible_pairs())
     made: dict[str, ParallelWorkload] = {}
@@ -165,7 +186,7 @@ def parallel_cases() -> list[ParallelWorkload]:
             break
         wanted -= set(_pairs(best[1]))
         made[best[2].id] = best[2]
-    return [*made.values(), *transitions(), *flash_decoding()]
+    return [*made.values(), *transitions(), *adapters(), *flash_decoding()]
 
 
 def _pairs(values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str, Any]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,12 +59,16 @@ class RankReference:
         for call, (hidden, positions) in enumerate(
             zip(self.inputs.hidden_states, self.inputs.position_ids, strict=True)
         ):
-            capture = RankCapture(frozenset(self.workload.stages))
+            capture = RankCapture(frozenset(map(partial(self._golden, call), self.workload.stages)))
             seen = _both(observe, capture if self.workload.stages else None)
             result = self._call(call, hidden, positions, caches, seen)
             caches = result.caches
-            for (rank, stage), value in capture.values.items():
-                found[self.seen(rank, call, stage)] = value
+            for rank, stage in itertools.product(
+                range(self.workload.world_size), self.workload.stages
+            ):
+                value = capture.values.get((rank, self._golden(call, stage)))
+                if value is not None:
+                    found[self.seen(rank, call, stage)] = as_judged(stage, value)
             for rank, output in enumerate(result.outputs):
                 found[self.seen(rank, call, "output")] = output
                 k, v = entries_written(caches[rank], self.entries(rank, call))
@@ -89,7 +95,14 @@ class RankReference:
                 observe=observe,
             )
         run = encode_sharded if call < self.workload.prompts else generate_sharded
-        return run(self.layer, hidden, position_ids=positions, caches=caches, observe=observe)
+        return run(
+            self.layer,
+            hidden,
+            position_ids=positions,
+            caches=caches,
+            lora=self.inputs.lora,
+            observe=observe,
+        )
 
     def entries(self, rank: int, call: int) -> Positions:
         """Return the positions that a call writes to a rank's cache, `(rows, tokens)`, or -1."""
@@ -98,6 +111,11 @@ class RankReference:
         positions = by_row[self._rows(rank)]
         cores = self.workload.parallelism.cores_per_group
         return np.where(positions % cores == rank % cores, positions, -1)
+
+    def _golden(self, call: int, stage: str) -> str:
+        """Return golden's name of a stage: flash decoding projects joined outputs."""
+        joins = call >= self.workload.prompts and self.workload.parallelism.cores_per_group > 1
+        return "attn_merged" if joins and stage == "attn" else stage
 
     def counted(self, seen: Seen, value: Array) -> RowMask:
         """Tell which rows of a value hold something: neither padded tokens nor padded heads.
@@ -161,10 +179,18 @@ class RankReference:
         if kind == "key":
             return stage.layout.kv_part(part)
         cores = self.workload.parallelism.cores_per_group
-        if not decodes or seen.what != "attn" or cores == 1:
+        if seen.what != "logsumexp_sent":
             return stage.layout.q_part(part)
         first = part - part % cores  # flash decoding attends with all queries of the group
         return tuple(h for core in range(cores) for h in stage.layout.q_part(first + core))
+
+
+def as_judged(stage: str, value: Array) -> Array:
+    """Return a stage with an axis of features, and finite: the logsumexp of no keys is 0."""
+    if stage != "logsumexp_sent":
+        return value
+    finite: Array = np.where(np.isneginf(value), 0.0, value)[..., None]
+    return finite
 
 
 def rank_reference(workload: ParallelWorkload, inputs: WorkloadInputs) -> RankReference:

@@ -65,8 +65,10 @@ def layer_values(ranks: RankReference, rank: int, result: Mapping[str, Array]) -
         rank: which.
         result: `prefill` and `decode`, what the layer returned, `(batch, tokens, hidden_size)`, the
             steps side by side; `prefill attn` and `decode attn`, outputs of the rank's heads, BHSD;
-            `prefill 1` and on, and `prefill 1 attn`, of further calls of the prompt; `k_cache` and
-            `v_cache`, the rank's cache at the end, `(rows, heads, positions, head_dim)`.
+            `prefill 1` and on, and `prefill 1 attn`, of further calls of the prompt;
+            `decode logsumexp_sent`, what the rank sent its group in flash decoding, likewise;
+            `k_cache` and `v_cache`, the rank's cache at the end, `(rows, heads, positions,
+            head_dim)`.
     """
     values: dict[tuple[int, str], Array] = {}
     prompts = ranks.workload.prompts
@@ -78,8 +80,9 @@ def layer_values(ranks: RankReference, rank: int, result: Mapping[str, Array]) -
     for step in range(ranks.workload.steps):
         now = slice(step, step + 1)
         values[prompts + step, "output"] = result["decode"][:, now]
-        if "decode attn" in result:
-            values[prompts + step, "attn"] = result["decode attn"][:, :, now]
+        for stage in ("logsumexp_sent", "attn"):
+            if f"decode {stage}" in result:
+                values[prompts + step, stage] = result[f"decode {stage}"][:, :, now]
     for call in range(ranks.workload.calls):
         positions = ranks.entries(rank, call)
         for what in ("k_cache", "v_cache"):

@@ -26,7 +26,7 @@ def judge_on_ranks(
     subject: RankSubject = run_rank,
     *,
     threads: bool = False,
-    seconds: float = 60.0,
+    seconds: float = 180.0,
     alpha: float = STANDARD.per_case,
 ) -> ParallelVerdict:
     """Run a workload on its ranks and judge every rank.
@@ -70,6 +70,7 @@ def rank_call(workload: ParallelWorkload, inputs: WorkloadInputs) -> RankCall:
         next_states=np.concatenate(following, axis=1),
         next_positions=np.concatenate(places, axis=1),
         slots=-(-(workload.q_len + workload.steps) // 16) * 16,
+        lora=inputs.lora,
     )
 
 

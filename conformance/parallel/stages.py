@@ -31,18 +31,24 @@ OBSERVABLE: dict[str, Stage] = {
     "k_rope": Stage("key", "own"),
     "k_gathered": Stage("key", "all"),
     "v_gathered": Stage("key", "all"),
+    "logsumexp_sent": Stage("query", "own"),
     "attn": Stage("query", "own"),
     "o_product": Stage("none", "own"),
     "o_reduced": Stage("none", "reduced"),
 }
-"""Intermediates a subject may hand over, in the order in which a rank computes them."""
+"""Intermediates a subject may hand over, in the order in which a rank computes them.
+
+`attn` is what the output projection is given: with flash decoding, in decode, the joined outputs.
+`logsumexp_sent` is there with flash decoding alone: of the rank's own keys, `(batch, heads, tokens,
+1)`, which it sends its group, with 0 where a query sees none of them.
+"""
 
 RESULTS = ("k_cache", "v_cache", "output")
 """What every subject hands over: the entries a call wrote to the rank's cache, and its output."""
 
 ORDER = (
     *("q_proj", "k_proj", "v_proj", "q_rope", "k_rope", "k_gathered", "v_gathered"),
-    *("k_cache", "v_cache", "attn", "o_product", "o_reduced", "output"),
+    *("k_cache", "v_cache", "logsumexp_sent", "attn", "o_product", "o_reduced", "output"),
 )
 """Everything judged on a rank, as it is computed: a mistake is where the first of these is off."""
 

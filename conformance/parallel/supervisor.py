@@ -124,9 +124,13 @@ def _end(processes: list[BaseProcess]) -> list[int | None]:
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
         codes.append(process.exitcode)
+    late = [process for process in processes if process.is_alive()]
+    # all are halted before the first is killed, or it would be an error in those it talks to
+    for kind in (signal.SIGSTOP, signal.SIGKILL):
+        for process in late:
+            assert process.pid is not None
+            os.kill(process.pid, kind)
     for process in processes:
-        if process.is_alive() and process.pid is not None:
-            os.kill(process.pid, signal.SIGKILL)
         process.join()
     return codes
 

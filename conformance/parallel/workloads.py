@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from conformance.cases import Case, Workload
 from conformance.errors import UsageError
+from conformance.extras import NO_EXTRAS, Extras
 from conformance.inputs import draw_layer
 from conformance.parallel.stages import check_stages
-from golden import Array, AttentionConfig, AttentionWeights, GoldenError
+from golden import Array, AttentionConfig, AttentionWeights, GoldenError, Lora
 from golden.packing import Packing
 from golden.sharding import Parallelism
 from golden.sharding.rules import check_decode, check_layer, check_prefill
@@ -38,6 +39,7 @@ class ParallelWorkload:
         regime: how inputs are drawn.
         seed: of the draw.
         stages: intermediates to judge on every rank, of `conformance.parallel.stages.OBSERVABLE`.
+        extras: adapters that the rows use; nothing else comes with a layer on ranks.
 
     Raises:
         UsageError: the layer cannot be spread so, or a field is none.
@@ -53,14 +55,21 @@ class ParallelWorkload:
     regime: str = "gaussian"
     seed: int = 0
     stages: tuple[str, ...] = field(default=())
+    extras: Extras = NO_EXTRAS
 
     def __post_init__(self) -> None:
+        if self.extras.input_norm:
+            raise UsageError("extras must be adapters alone, got the input's norm")
         if self.steps < 0:
             raise UsageError(f"steps must not be negative, got {self.steps}")
         if self.piece < 0 or self.packed < 0 or (self.piece and self.packed):
             raise UsageError(
                 "piece and packed must not be negative, nor both be given, got "
                 f"{self.piece} and {self.packed}"
+            )
+        if self.packed and self.extras.adapters:
+            raise UsageError(
+                "extras must be none for packed rows, got adapters; sequences of a row share one"
             )
         check_stages(self.stages)
         whole = self.whole  # checks lengths, dtype, regime and seed
@@ -86,6 +95,7 @@ class ParallelWorkload:
             dtype=self.dtype,
             regime=self.regime,
             seed=self.seed,
+            extras=self.extras,
         )
 
     @property
@@ -180,11 +190,13 @@ class WorkloadInputs:
         hidden_states: per call, `(batch, tokens of the call, hidden_size)`, whole and in order; of
             a packed row `(1, tokens, hidden_size)`.
         position_ids: per call, `(batch, tokens of the call)`, int64, -1 for padding; likewise.
+        lora: adapters, and which of them each row uses; None without.
     """
 
     weights: AttentionWeights
     hidden_states: tuple[Array, ...]
     position_ids: tuple[NDArray[np.int64], ...]
+    lora: Lora | None = None
 
 
 def draw_workload(workload: ParallelWorkload) -> WorkloadInputs:
@@ -208,4 +220,6 @@ def draw_workload(workload: ParallelWorkload) -> WorkloadInputs:
     hidden = tuple(
         drawn.hidden_states[of, np.maximum(at, 0)] for of, at in zip(rows, places, strict=True)
     )
-    return WorkloadInputs(weights=drawn.weights, hidden_states=hidden, position_ids=tuple(places))
+    return WorkloadInputs(
+        weights=drawn.weights, hidden_states=hidden, position_ids=tuple(places), lora=drawn.lora
+    )

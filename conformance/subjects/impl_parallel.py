@@ -13,7 +13,8 @@ from torch import Tensor
 
 import impl
 from conformance.subjects.impl_layer import make_layer
-from golden import Array, AttentionConfig
+from conformance.tensors import Tensors, whole
+from golden import Array, AttentionConfig, Lora
 from golden.sharding import Parallelism
 
 BLOCK = 16
@@ -55,6 +56,7 @@ class RankCall:
         next_states: `(batch, steps, hidden_size)`, of the tokens decoded one after another.
         next_positions: `(batch, steps)`.
         slots: longest sequence.
+        lora: the whole layer's adapters, and which of them each row uses; None without.
     """
 
     config: AttentionConfig
@@ -66,6 +68,7 @@ class RankCall:
     next_states: Array
     next_positions: NDArray[np.int64]
     slots: int
+    lora: Lora | None = None
 
     @property
     def block_tables(self) -> NDArray[np.int64] | None:
@@ -92,13 +95,25 @@ class _Heads:
         self.seen.append(flat.unflatten(-1, (-1, self.width)).transpose(1, 2))
 
 
+@dataclass(slots=True)
+class _Sent:
+    """Keeps the logsumexp of the rank's own keys that flash decoding sends; of no keys it is 0."""
+
+    seen: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        largest, total = (part.flatten(1, 2) for part in arguments[0])
+        self.seen.append(torch.where(total == 0, 0.0, largest + total.log()))
+
+
 def run_rank(rank: int, world_size: int, call: RankCall) -> dict[str, Array]:
     """Run the layer on this rank.
 
     Returns:
         `prefill` and `decode`: what the layer returned, `(batch, tokens, hidden_size)`;
         `prefill attn` and `decode attn`: outputs of the rank's heads, BHSD; `prefill 1` and on,
-        with theirs: of further calls of the prompt;
+        with theirs: of further calls of the prompt; `decode logsumexp_sent`, with flash decoding:
+        of its own keys, `(batch, heads of its group, tokens, 1)`;
         `k_cache` and `v_cache`: the rank's cache afterwards. Float64, exact.
     """
     del world_size
@@ -109,11 +124,15 @@ def run_rank(rank: int, world_size: int, call: RankCall) -> dict[str, Array]:
         module.get_o_proj(phase).register_forward_pre_hook(heads)
         if module.parallel.shares_weights:
             break
+    sent = _Sent()
+    if call.parallelism.cores_per_group > 1:
+        module.row_sum_exchange.register_forward_pre_hook(sent)
     manager = module.parallel.make_cache(module.config)
     cache: dict[str, Any] = {"kv_mgr": manager, "update_kv_per_layer": True, "idx": 0, **options}
     tables = call.block_tables
     if tables is not None:
         cache["active_block_table"] = torch.from_numpy(tables)
+    cache["adapter_ids"] = None if call.lora is None else whole(call.lora.adapter_ids)
     found: dict[str, Tensor] = {}
     for index, prompt in enumerate(call.prompts):
         states = torch.from_numpy(prompt.hidden_states[:, prompt.given[rank]]).to(dtype)
@@ -149,6 +168,8 @@ def run_rank(rank: int, world_size: int, call: RankCall) -> dict[str, Array]:
         "k_cache": k,
         "v_cache": v,
     }
+    if sent.seen:
+        found["decode logsumexp_sent"] = torch.cat(sent.seen, dim=2)
     return {name: value.to(torch.float64).numpy() for name, value in found.items()}
 
 
@@ -213,6 +234,7 @@ def _build(call: RankCall) -> tuple[impl.NeuronAttentionBase, dict[str, Any]]:
             **_prompt_fields(call),
         },
         model={"num_cores_per_group": cores},
+        adapters=Tensors(dtype).adapters(call.lora),
         layer={**flags, "num_cores_per_group": cores},
     )
 

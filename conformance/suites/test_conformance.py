@@ -8,6 +8,8 @@ import pytest
 
 from conformance.cases import Case
 from conformance.false_alarms import FalseAlarms
+from conformance.parallel.session import judge_on_real_ranks
+from conformance.parallel.workloads import ParallelWorkload
 from conformance.plugin import attach
 from conformance.runner import judge_case
 from conformance.scale_cache import ScaleCache
@@ -16,21 +18,24 @@ from conformance.undetected import undetected
 
 
 def test_subject_conforms(
-    case: Case,
+    case: Case | ParallelWorkload,
     subject: Subject,
     alarms: FalseAlarms,
     scale_cache: ScaleCache | None,
     request: pytest.FixtureRequest,
 ) -> None:
     """Judge one case; the record goes to the results whatever the verdict."""
-    option = request.config.getoption("exact_rules")
-    beyond_smoke = request.config.getoption("tier") != "smoke"
-    exact = option == "on" or (
-        option == "auto" and beyond_smoke and case.suite in ("features", "serving", "core")
-    )
-    record = judge_case(case, subject, alarms=alarms, exact_rules=exact, cache=scale_cache)
-    if request.config.getoption("defects") and record.verdict != "UNSUPPORTED":
-        record = replace(record, undetected=undetected(case, alpha=alarms.per_case))
+    if isinstance(case, ParallelWorkload):
+        record = judge_on_real_ranks(case, alarms=alarms)
+    else:
+        option = request.config.getoption("exact_rules")
+        beyond_smoke = request.config.getoption("tier") != "smoke"
+        exact = option == "on" or (
+            option == "auto" and beyond_smoke and case.suite in ("features", "serving", "core")
+        )
+        record = judge_case(case, subject, alarms=alarms, exact_rules=exact, cache=scale_cache)
+        if request.config.getoption("defects") and record.verdict != "UNSUPPORTED":
+            record = replace(record, undetected=undetected(case, alpha=alarms.per_case))
     attach(request, record)
     if record.verdict == "UNSUPPORTED":
         pytest.skip(f"UNSUPPORTED: {record.reason}")

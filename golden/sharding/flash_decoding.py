@@ -41,8 +41,8 @@ def attend_in_groups(
     """Attend in three steps: gather queries, attend to own tokens, join by logsumexp.
 
     D26: every core attends with all queries of its group to the tokens it holds, new ones
-        included; each rank then joins the partial results of its own heads. The sink counts on
-        core 0 alone.
+        included; each rank then joins the partial results of its own heads, in which the sink
+        counts once, as a part without a value.
 
     Args:
         layer: the layer.
@@ -85,7 +85,6 @@ def attend_in_groups(
                 kv_positions=keys.positions,
                 mask=mask,
                 softmax_scale=layer.config.softmax_scale,
-                sinks=_sinks(layer, groups, rank) if cache.core == 0 else None,
                 softcap=layer.config.softcap,
                 observe=observers[rank],
             )
@@ -94,24 +93,24 @@ def attend_in_groups(
     outputs = over_groups(
         groups, [part.output[None] for part in partial], lambda v: all_to_all(v, split=2, join=0)
     )
+    sent = [
+        observe("logsumexp_sent", part.logsumexp)
+        for observe, part in zip(observers, partial, strict=True)
+    ]
     logs = over_groups(
-        groups, [part.logsumexp[None] for part in partial], lambda v: all_to_all(v, split=2, join=0)
+        groups, [log[None] for log in sent], lambda v: all_to_all(v, split=2, join=0)
     )
     return [
-        observe("attn_merged", _joined(output, log))
-        for observe, output, log in zip(observers, outputs, logs, strict=True)
+        observe("attn_merged", _joined(output, log, weights.sinks))
+        for observe, output, log, weights in zip(
+            observers, outputs, logs, layer.decode.weights, strict=True
+        )
     ]
 
 
-def _joined(outputs: Array, logsumexps: Array) -> Array:
-    return merge_attended(list(map(Attended, outputs, logsumexps))).output
-
-
-def _sinks(layer: ShardedLayer, groups: Groups, rank: int) -> Array | None:
-    """Return the sinks of all query heads of a rank's group."""
-    weights = layer.decode.weights
-    if weights[rank].sinks is None:
-        return None
-    group = next(group for group in groups if rank in group)
-    sinks = [weights[member].sinks for member in group]
-    return np.concatenate([value for value in sinks if value is not None])
+def _joined(outputs: Array, logsumexps: Array, sinks: Array | None) -> Array:
+    parts = list(map(Attended, outputs, logsumexps))
+    if sinks is not None:
+        log = np.broadcast_to(sinks[:, None], logsumexps[0].shape)
+        parts.append(Attended(np.zeros_like(outputs[0]), log))
+    return merge_attended(parts).output

@@ -16,6 +16,8 @@ COLLECTIVE_STAGES: dict[str, str] = {
     "k_prior": "cached keys that a prefill reads, of the rank's prefill heads and every row, BHSD",
     "v_prior": "values likewise",
     "q_gathered": "queries of the ranks that share a key/value head in flash decoding, BHSD",
+    "logsumexp_sent": "of the rank's own keys in flash decoding, without sinks, for its group's "
+    "queries, (batch, heads of the group, q_len); -inf where a query sees none of them",
     "attn_merged": "outputs of the rank's heads after joining partial ones by logsumexp, BHSD",
     "attn_gathered": "outputs of the rank's heads for the whole prompt, in order, BHSD",
     "o_reduced": "sum of `o_product` over the row, or the rank's piece of it",

@@ -23,7 +23,9 @@ def output_shares(
     """Multiply each rank's heads with its columns of the output projection."""
     shares = []
     for rank, heads in enumerate(attended):
-        value, accumulation = output_product(stage.weights[rank], heads, loras[rank])
+        value, accumulation = output_product(
+            stage.weights[rank], heads, loras[rank], observers[rank]
+        )
         shares.append(observers[rank]("o_product", value, accumulation))
     return shares
 

@@ -44,7 +44,13 @@ def heads_of_ranks(
         flat_projections(
             stage.config,
             stage.weights[rank],
-            project_qkv(stage.config, stage.weights[rank], states, lora=loras[rank]),
+            project_qkv(
+                stage.config,
+                stage.weights[rank],
+                states,
+                lora=loras[rank],
+                observe=observers[rank],
+            ),
             observers[rank],
         )
         for rank, states in enumerate(hidden)

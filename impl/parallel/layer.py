@@ -28,13 +28,14 @@ class PhaseHeads:
         tp: ranks that share the heads.
 
     Attributes:
+        held: what this rank holds: `query` and `key_value`.
         query: query head in each slot of this rank.
         key_value: KV head in each slot of this rank.
     """
 
     def __init__(self, stage: StageMap, rank: int, tp: Group) -> None:
-        mine = stage.layout.shard(stage.shard(rank))
-        self.query, self.key_value = mine.query, mine.key_value
+        self.held = stage.layout.shard(stage.shard(rank))
+        self.query, self.key_value = self.held.query, self.held.key_value
         self._tp = tp
         row = stage.mesh.rows[stage.mesh.coordinates(rank)[0]]
         shards = [stage.layout.shard(stage.shard(other)) for other in row]

@@ -24,7 +24,6 @@ from impl import (
     RotaryEmbedding,
     ShapeError,
     StateDictError,
-    UnsupportedError,
 )
 
 DOUBLE = torch.float64
@@ -179,7 +178,7 @@ def test_the_term_is_rounded_once_with_the_projection(dtype: torch.dtype) -> Non
     product = made.qkv_proj.q_proj(x)
     term = module(x, torch.tensor([0, 0]))
     assert term.dtype is torch.float32
-    got = made.lora.add(x, torch.tensor([0, 0]), "q_proj", product)
+    got = made.lora.add(x, torch.tensor([0, 0]), "q_proj", product, is_prefill_stage=True)
     assert torch.equal(got, (product.float() + term).to(dtype))
 
 
@@ -234,8 +233,3 @@ def test_ids_are_one_integer_per_row(ids: Tensor) -> None:
 def test_unusable_settings_are_refused(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         LoraServingConfig(**fields)
-
-
-def test_adapters_are_refused_where_the_phases_shard_unlike() -> None:
-    with pytest.raises(UnsupportedError, match="shard the weights unlike"):
-        layer(run={"lora_config": CONFIG, "tp_degree": 2, "cp_degree": 2})

@@ -16,6 +16,7 @@ import impl.state_dict
 from conformance.subjects import impl_parallel
 from conformance.subjects.impl_parallel import RankCall, run_rank
 from impl.attention_core import AttentionCore
+from impl.lora import LayerLora
 from impl.parallel.groups import ALONE
 from impl.parallel.head_layout import HeadLayout
 from impl.parallel.layer import LayerParallel, PhaseHeads
@@ -100,6 +101,18 @@ def sinks_of_another_rank(rank: int, world_size: int, call: RankCall) -> Result:
     return run_rank(rank, world_size, call)
 
 
+def adapters_of_prefill_in_decode(rank: int, world_size: int, call: RankCall) -> Result:
+    """Decode adds the adapters of the heads of the rank's own number, not of those it holds."""
+    right = LayerLora._own
+
+    def plain(self: Any, target: str, slots: Any, *matrices: torch.Tensor) -> Any:
+        decodes = len(slots) == 1
+        return right(self, target, (rank,) if decodes else slots, *matrices)
+
+    LayerLora._own = plain
+    return run_rank(rank, world_size, call)
+
+
 def batch_rows_swapped(rank: int, world_size: int, call: RankCall) -> Result:
     right = DecodePhase.rows
 
@@ -112,15 +125,23 @@ def batch_rows_swapped(rank: int, world_size: int, call: RankCall) -> Result:
 
 def base_two_row_sums(rank: int, world_size: int, call: RankCall) -> Result:
     """Rank 1 hands over the logarithm of its rows in base two, and others take it for natural."""
-    right = impl.flash_decoding.row_sums
+    if rank == 1:
+        impl.flash_decoding.row_sums = _in_base_two(impl.flash_decoding.row_sums)
+    return run_rank(rank, world_size, call)
+
+
+def base_two_row_sums_on_all(rank: int, world_size: int, call: RankCall) -> Result:
+    impl.flash_decoding.row_sums = _in_base_two(impl.flash_decoding.row_sums)
+    return run_rank(rank, world_size, call)
+
+
+def _in_base_two(right: Any) -> Any:
 
     def in_base_two(scores: torch.Tensor) -> Any:
         sums = right(scores)
         return sums._replace(largest=sums.largest / math.log(2))
 
-    if rank == 1:
-        impl.flash_decoding.row_sums = in_base_two
-    return run_rank(rank, world_size, call)
+    return in_base_two
 
 
 def prefix_counted_from_own_tokens(rank: int, world_size: int, call: RankCall) -> Result:

@@ -18,14 +18,16 @@ ROOT = Path(__file__).parents[3]
 
 def test_the_command_judges_a_case_and_writes_its_record(tmp_path: Path) -> None:
     case = next(c for c in parallel_cases() if c.world_size == 2)
-    results = tmp_path / "parallel.jsonl"
-    arguments = ["parallel", "--case", case.id, "--jobs", "1", "--results", str(results)]
+    results, page = tmp_path / "parallel.jsonl", tmp_path / "parallel.html"
+    arguments = ["parallel", "--case", case.id, "--jobs", "1"]
+    arguments += ["--results", str(results), "--report", str(page)]
     ran = CliRunner().invoke(main, arguments)
     assert ran.exit_code == 0, ran.output
     (record,) = read_results(results).cases
     assert (record.case_id, record.verdict, record.suite) == (case.id, "CONFORMS", "parallel")
     assert case.id in record.reproduce
     assert {s.output.split()[1] for s in record.statistics} == {"0", "1"}
+    assert case.id in page.read_text(encoding="utf-8")
 
 
 def test_an_unknown_case_is_bad_use() -> None:

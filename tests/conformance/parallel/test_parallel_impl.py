@@ -6,6 +6,7 @@ from typing import Any
 import planted_ranks
 import pytest
 
+from conformance.extras import NO_EXTRAS, Extras
 from conformance.parallel.cases import AXES, build_case, parallel_cases
 from conformance.parallel.run import judge_on_ranks
 from conformance.parallel.workloads import ParallelWorkload
@@ -15,10 +16,12 @@ PLAIN = {**{axis: choices[0] for axis, choices in AXES.items()}, "heads": (8, 2)
 
 
 def workload(**values: Any) -> ParallelWorkload:
+    extras = values.pop("extras", NO_EXTRAS)
     made = build_case({**PLAIN, **values})
-    return replace(made, lengths=(24, 9, 24, 9), piece=12 if made.piece else 0)
+    return replace(made, lengths=(24, 9, 24, 9), piece=12 if made.piece else 0, extras=extras)
 
 
+LORA = Extras(adapters=3, rank=4)
 CASES = {
     "heads over ranks": workload(mesh=(4, 1, 1), heads=(6, 2), bias="qkvo", qkv="fused"),
     "sequence over ranks": workload(mesh=(4, 2, 1), sinks=True, mask="window", dtype="bfloat16"),
@@ -32,6 +35,9 @@ CASES = {
     ),
     "packed rows in pieces": workload(
         mesh=(8, 4, 2), heads=(8, 4), prompt="packed", sequence="pieces", mask="window"
+    ),
+    "adapters, cut twice": replace(
+        workload(mesh=(4, 2, 1), heads=(4, 4), bias="qkvo", dtype="bfloat16"), extras=LORA
     ),
 }
 
@@ -53,7 +59,7 @@ def test_chunked_layers_that_hand_tokens_on_conform(place: Any) -> None:
 SPREAD = replace(
     workload(mesh=(4, 1, 1), sinks=True),
     parallelism=Parallelism(tp_degree=4, cores_per_group=2),
-    stages=(),
+    stages=("logsumexp_sent", "attn"),
 )
 
 
@@ -62,10 +68,21 @@ def test_flash_decoding_conforms() -> None:
     assert (verdict.verdict, verdict.reason) == ("CONFORMS", "")
 
 
-def test_row_sums_in_base_two_are_found_where_ranks_have_joined_them() -> None:
-    verdict = judge_on_ranks(SPREAD, planted_ranks.base_two_row_sums)
-    assert (verdict.verdict, verdict.culprits) == ("DEVIATES", (0, 1, 2, 3))
-    assert "in step 1 output" in verdict.reason
+@pytest.mark.parametrize(
+    ("subject", "culprits"),
+    [
+        (planted_ranks.base_two_row_sums, (1,)),
+        # the same mistake on every rank is every rank's: none may be left out
+        (planted_ranks.base_two_row_sums_on_all, (0, 1, 2, 3)),
+    ],
+)
+def test_row_sums_in_base_two_name_the_ranks_that_send_them(
+    subject: Any, culprits: tuple[int, ...]
+) -> None:
+    verdict = judge_on_ranks(SPREAD, subject)
+    assert (verdict.verdict, verdict.culprits) == ("DEVIATES", culprits)
+    assert "in step 1 logsumexp_sent" in verdict.reason
+    assert "in all, ranks 0, 1, 2 and 3 deviate" in verdict.reason  # they join what they are sent
 
 
 PLANTED: list[tuple[Any, dict[str, Any], tuple[int, ...], str]] = [
@@ -125,6 +142,12 @@ PLANTED: list[tuple[Any, dict[str, Any], tuple[int, ...], str]] = [
         "in piece 2 attn",
     ),
     (
+        planted_ranks.adapters_of_prefill_in_decode,
+        {"mesh": (4, 2, 1), "heads": (4, 4), "extras": LORA},
+        (1, 2),
+        "in step 1 k_cache",
+    ),
+    (
         planted_ranks.batch_rows_swapped,
         {"mesh": (2, 1, 2), "heads": (8, 1)},
         (0, 1),
@@ -164,6 +187,8 @@ def test_cases_cover_every_mesh_and_every_pair_of_values_that_a_layer_may_have()
     for dtype in ("float32", "bfloat16"):
         for cp in (1, 2, 4):
             assert any(c.dtype == dtype and c.parallelism.cp_degree == cp for c in cases)
+    adapted = [c for c in cases if c.extras.adapters]
+    assert len(adapted) == 2 * len(meshes)
     behind = [c for c in cases if c.steps == 8]
     apart = [c.parallelism.cp_degree != c.parallelism.attention_dp_degree for c in behind]
     assert all(a or c.parallelism.cores_per_group > 1 for a, c in zip(apart, behind, strict=True))

@@ -85,6 +85,12 @@ def test_a_hung_rank_is_stopped_in_time_and_its_place_told() -> None:
     assert waiting == [0, 1, 2]
 
 
+def test_ranks_that_are_stopped_do_not_blame_each_other() -> None:
+    """Killed one by one, seven that wait would see a connection closed and say that they raised."""
+    report = run_on_ranks(rank_functions.hanging, 8, seconds=5)
+    assert [rank.state for rank in report.ranks] == ["stopped"] * 8
+
+
 def test_a_run_after_a_failed_one_is_clean() -> None:
     assert run_on_ranks(rank_functions.killed, 4, os.devnull, seconds=30).verdict
     assert run_on_ranks(rank_functions.add, 4, 0).results == [6.0] * 4

@@ -1,11 +1,13 @@
 """Known mistakes of parallel attention, planted: each is seen, on the ranks that it reaches.
 
 Source of the mistakes: reports of TGI (#1036), vLLM (#28840, #47079), MinivLLM (#80),
-Megatron-DeepSpeed (#227), ring-flash-attention (#67), TransformerEngine (#1930) and others.
+Megatron-DeepSpeed (#227), ring-flash-attention (#67), TransformerEngine (#1930) and others; and
+three read in the code of neuronx-distributed-inference, whose functions the tests name.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +30,7 @@ from golden.sharding import (
     ShardedLayer,
     rank_weights,
     shard,
+    stage_mesh,
     unobserved_ranks,
 )
 from tests.golden.sharding.drawn import Choice, Drawn, Problem, drawn, plain, problem, serve
@@ -191,6 +194,11 @@ def test_batch_rows_swapped_between_data_parallel_ranks() -> None:
 def test_pieces_of_rs_ag_gathered_in_the_order_of_the_ranks(
     wiring: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Source: neuronx-distributed-inference, `attention_block_tokengen_nki_kernel`.
+
+    It scatters the sum over a row and then gathers over all ranks, in the order of their numbers;
+    that is the order of the batch only where rows are runs of ranks.
+    """
     choice = plain((8, 8), (64, 8, 8), ep_dispatch="RS_AG")
     case = drawn(choice, 7)
     case = replace(case, parallelism=replace(case.parallelism, eight_by_eight=wiring))
@@ -204,6 +212,60 @@ def test_pieces_of_rs_ag_gathered_in_the_order_of_the_ranks(
 
     monkeypatch.setattr(golden.sharding.output, "all_gather", by_rank)
     assert good.wrong_ranks() == set(range(64))
+
+
+def test_pieces_of_the_input_dealt_out_for_another_wiring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Source: neuronx-distributed-inference, `get_flattened_inverted_tp_cp_group_mesh`.
+
+    The order in which `chunk_and_reorder_tensor` deals a sequence-parallel input out is asked for
+    without `switch_cc`, so on a switch the ranks gather the pieces in another order.
+    """
+    case = drawn(plain((8, 8), (64, 8, 8), sequence_parallel=True), 7)
+    case = replace(case, parallelism=replace(case.parallelism, eight_by_eight="switch"))
+    exact = problem(case)
+    good = Served(case, exact, shard(case.config, exact.weights, case.parallelism))
+    assert good.wrong_ranks() == set()
+    dealt = stage_mesh(64, 8, eight_by_eight="trn2").inverted
+    assert dealt != good.layer.prefill.mesh.inverted
+    gathered = golden.sharding.prefill._gathered
+
+    def of_trn2(plan: Any, given: Sequence[Array]) -> Any:
+        return gathered(plan, [given[piece] for piece in dealt])
+
+    monkeypatch.setattr(golden.sharding.prefill, "_gathered", of_trn2)
+    assert good.wrong_ranks() == set(range(64))  # decode reads the keys of moved tokens
+    # nor is it undone where the output is put together in the same order: positions were not moved.
+    # The first four pieces stay where they are, and their tokens see no later ones
+    prefill = list(itertools.islice(serve(case, good.layer, exact), 64))
+    wanted = [prefill[piece][2:] for piece in dealt]
+    wrong = [
+        rank
+        for (rank, got, _, _), (want, bound) in zip(prefill, wanted, strict=True)
+        if not (np.abs(got - want) <= bound).all()
+    ]
+    assert set(wrong) == set(range(4, 64))
+
+
+@pytest.mark.parametrize(("heads", "wrong"), [(8, set()), (16, set(range(64)))])
+def test_cached_heads_picked_as_if_prefill_held_them_in_the_order_of_the_ranks(
+    heads: int, wrong: set[int]
+) -> None:
+    """Source: neuronx-distributed-inference, `get_kv_head_indices_context_parallel_full_tp_decode`.
+
+    It orders decode's heads by what each rank has in prefill, but then looks them up as if rank `r`
+    had part `r % 8`, which on an 8x8 mesh it has not, and takes the first where it finds none. With
+    8 KV heads a rank has but one to take.
+    """
+    good = served((heads, heads), (64, 8, 1))
+    prefill, decode = good.layer.prefill, good.layer.decode
+
+    def picked(rank: int) -> tuple[int, ...]:
+        held = prefill.layout.kv_part(rank % 8)
+        wanted = decode.layout.kv_part(decode.part(rank))
+        return tuple(held.index(head) if head in held else 0 for head in wanted)
+
+    bad = replace(good.layer, written=tuple(map(picked, range(64))))
+    assert good.wrong_ranks(bad) == wrong
 
 
 def test_the_partial_sums_never_reduced() -> None:

@@ -328,6 +328,10 @@ def adapter(heads: int, kv: int, seed: int) -> dict[str, Tensor]:
         (6, 2, {"tp_degree": 4, "fused_qkv": True}),
         (4, 1, {"tp_degree": 2, "cp_degree": 2, "attention_dp_degree": 2}),
         (6, 2, {"tp_degree": 4, "cp_degree": 2, "attention_dp_degree": 2}),
+        (4, 4, {"tp_degree": 4, "cp_degree": 2}),
+        (6, 2, {"tp_degree": 4, "cp_degree": 4, "sequence_parallel_enabled": True}),
+        (4, 1, {"tp_degree": 4, "attention_dp_degree": 2, "fused_qkv": True}),
+        (6, 2, {"tp_degree": 8, "cp_degree": 4, "attention_dp_degree": 2}),
     ],
 )
 def test_adapters_on_ranks_are_those_of_one_rank(
@@ -344,7 +348,10 @@ def test_adapters_on_ranks_are_those_of_one_rank(
             made.lora.load_adapter(index, adapter(heads, kv, index), lora_alpha=2.0)
         if not decodes:
             at = positions(SEQ, batch=BATCH)
-            return made(tokens(SEQ, BATCH), at >= 0, at, adapter_ids=ids).hidden_states
+            pieces = run.get("tp_degree", 1) if run.get("sequence_parallel_enabled") else 1
+            own = tokens(SEQ, BATCH).chunk(pieces, 1)[rank % pieces]
+            got = made(own, at >= 0, at, adapter_ids=ids).hidden_states
+            return got, slice(rank % pieces * own.shape[1], (rank % pieces + 1) * own.shape[1])
         dp = run.get("attention_dp_degree", 1)
         own = slice((rank // (run.get("tp_degree", 1) // dp)) * BATCH // dp, None)
         own = slice(own.start, own.start + BATCH // dp)
@@ -354,8 +361,31 @@ def test_adapters_on_ranks_are_those_of_one_rank(
         )
         call = {"past_key_value": cache, "adapter_ids": ids}
         at = positions(1, 5, batch=BATCH)
-        return made(tokens(1, BATCH), position_ids=at, **call).hidden_states
+        return made(tokens(1, BATCH), position_ids=at, **call).hidden_states, slice(None)
 
-    expected = step(0, {})
-    for got in on_ranks(run["tp_degree"], lambda rank: step(rank, run)):
-        assert relative_error(got, expected) <= ROUNDOFF
+    expected, _ = step(0, {})
+    for got, piece in on_ranks(run["tp_degree"], lambda rank: step(rank, run)):
+        assert relative_error(got, expected[:, piece]) <= ROUNDOFF
+
+
+def test_each_phase_has_its_own_part_of_the_adapters() -> None:
+    """Without decode's own part the heads that prefill holds would add another head's term."""
+    state, run = checkpoint(4, 4), {"tp_degree": 4, "cp_degree": 2}
+    lora = LoraServingConfig(max_loras=1, max_lora_rank=4)
+
+    def parts(_: int) -> tuple[dict[str, Tensor], tuple[int, ...], tuple[int, ...]]:
+        made = build(4, 4, {"lora_config": lora, **run}, state)
+        made.lora.load_adapter(0, adapter(4, 4, 0), lora_alpha=2.0)
+        heads = made.parallel.prefill_heads.query, made.parallel.decode_heads.query
+        return {name: value.clone() for name, value in made.lora.state_dict().items()}, *heads
+
+    whole = adapter(4, 4, 0)["q_proj.lora_B.weight"].unflatten(0, (4, WIDTH))
+    prefills, decodes = set(), set()
+    for own, prefill, decode in on_ranks(4, parts):
+        for prefix, heads in (("cte_", prefill), ("tkg_", decode)):
+            held = own[f"{prefix}q_proj.lora_B"][0, :, :3]
+            assert torch.equal(held, whole[list(heads)].flatten(0, 1))
+        prefills.add(prefill)
+        decodes.add(decode)
+    assert prefills == {(0, 1), (2, 3)}
+    assert decodes == {(0,), (1,), (2,), (3,)}

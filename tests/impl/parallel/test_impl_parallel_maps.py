@@ -56,6 +56,19 @@ def test_each_rank_writes_the_documented_kv_head(
     assert written == [(slot,) for slot in expected]
 
 
+@pytest.mark.parametrize("kv", [8, 16])
+def test_ranks_of_an_eight_by_eight_mesh_cache_the_heads_they_read(kv: int) -> None:
+    both = maps(64, 8, 1, kv)
+    plain = [both.prefill.layout.shard(rank % 8).key_value for rank in range(64)]
+    held = [both.prefill.key_value(rank) for rank in range(64)]
+    assert held != plain  # looked up by number of rank, 16 heads would not be found
+    for rank in range(64):
+        (head,) = both.decode.key_value(rank)
+        (slot,) = slots_of((head,), held[rank])
+        assert slot is not None
+        assert held[rank][slot] == head
+
+
 def test_context_parallel_rows_are_runs_of_ranks() -> None:
     mesh = stage_mesh(8, 4)
     assert mesh.rows == ((0, 1), (2, 3), (4, 5), (6, 7))
