@@ -154,12 +154,11 @@ def rounding_variance(form: Format, x: Array) -> Array:
     drop = np.uint64(53 - form.precision)
     bits = np.ascontiguousarray(x).view(np.uint64)
     low = bits >> drop << drop
-    upper = (low + (np.uint64(1) << drop)).view(np.float64)
+    variance: Array = (low + (np.uint64(1) << drop)).view(np.float64)
     with np.errstate(invalid="ignore"):  # infinity less itself
-        upper -= x
-        upper *= x - low.view(np.float64)
-    upper *= 0.5
-    variance = upper
+        variance -= x
+        variance *= x - low.view(np.float64)
+    variance *= 0.5
     variance[~np.isfinite(x)] = 0.0
     if form.min_exponent > -126:
         tiny = np.abs(x) < 2.0**form.min_exponent
@@ -191,7 +190,8 @@ def closed_form(
 
 
 def _joined(parts: Sequence[Array]) -> Array:
-    return np.concatenate(parts, axis=2)
+    joined: Array = np.concatenate(parts, axis=2)
+    return joined
 
 
 def _piece(

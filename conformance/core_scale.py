@@ -8,7 +8,7 @@ from conformance.cases import Case
 from conformance.core_covariance import core_covariance
 from conformance.directions import directions
 from conformance.error_model import ErrorScale, draw
-from conformance.expected import Reference
+from conformance.expected import Reference, by_pieces
 from conformance.inputs import CoreInputs
 from conformance.precision import PrecisionProfile
 from conformance.score_tests import score_tests
@@ -31,6 +31,7 @@ def predict_core(
     if form is None:
         return None
     rows = expected.rows["output"] & form.noisy
+    expected = by_pieces(case, inputs, expected)
     drawn = draw(
         expected.evaluate, expected.outputs, profile, seed=seed, runs=runs, last={"output": "attn"}
     )["output"]

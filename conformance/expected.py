@@ -16,6 +16,7 @@ from conformance.error_model import Evaluate, Outputs, RowMask
 from conformance.gradients.expected import gradient_evaluation
 from conformance.gradients.inputs import GradientInputs
 from conformance.inputs import CoreInputs, LayerInputs
+from conformance.pieces import core_pieces, in_pieces
 from conformance.scale_cache import ScaleCache
 from conformance.serve_expected import INPUT_NORM_EPS, ServeGolden, serve_rows
 from conformance.serve_inputs import ServeInputs
@@ -111,6 +112,19 @@ def _core(case: Case, inputs: CoreInputs) -> Callable[..., Outputs]:
         return {"output": attended.output}
 
     return evaluate
+
+
+def by_pieces(case: Case, inputs: CoreInputs, expected: Reference) -> Reference:
+    """Return the golden of a core evaluated in pieces of its queries; the same one if it is small.
+
+    Its outputs are evaluated so too: a sum over fewer keys may be rounded another way, and a run
+    that changes nothing must find no error.
+    """
+    pieces = core_pieces(inputs, golden.layer_mask(case.config))
+    if len(pieces) == 1:
+        return expected
+    evaluate = in_pieces(expected.evaluate, pieces)
+    return Reference(evaluate(), expected.rows, evaluate)
 
 
 def _layer(case: Case, inputs: LayerInputs) -> Callable[..., Outputs]:

@@ -8,13 +8,19 @@ a causal mask that halves the work, under a window it leaves a few hundred keys 
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import golden
+from conformance.error_model import Evaluate, Outputs
 from conformance.inputs import CoreInputs
+from conformance.rounding_runs import Nearest
+from golden import Observer, unobserved
 
 WHOLE = 1 << 22
 """Scores of all queries from which on a core is cut; fewer are one piece."""
@@ -66,3 +72,32 @@ def core_pieces(
         reach = slice(int(keys[0]), int(keys[-1]) + 1) if len(keys) else slice(0, 1)
         found.append(Piece(piece, reach, slice(start, stop)))
     return tuple(found)
+
+
+def in_pieces(evaluate: Evaluate, pieces: Sequence[Piece]) -> Evaluate:
+    """Return a function that evaluates a core piece by piece and joins the outputs.
+
+    Args:
+        evaluate: takes `queries=` and `keys=`.
+        pieces: all queries in order.
+    """
+
+    def joined(*, observe: Observer = unobserved, **rest: Any) -> Outputs:
+        parts = [
+            evaluate(
+                observe=_from_its_start(observe), queries=piece.queries, keys=piece.keys, **rest
+            )
+            for piece in pieces
+        ]
+        return {name: np.concatenate([part[name] for part in parts], axis=2) for name in parts[0]}
+
+    return joined
+
+
+def _from_its_start(observe: Observer) -> Observer:
+    """Return an observer whose exp errs as a function, the same one in every piece."""
+    return (
+        replace(observe, rng=copy.deepcopy(observe.rng))
+        if isinstance(observe, Nearest)
+        else observe
+    )

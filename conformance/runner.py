@@ -17,7 +17,7 @@ from conformance.core_scale import predict_core
 from conformance.directions import directions
 from conformance.error_model import MANY_RUNS, ErrorScale, Outputs, predict_scale
 from conformance.exact_rules import Subjected, exact_statistics
-from conformance.expected import Inputs, Reference, reference
+from conformance.expected import Inputs, Reference, by_pieces, reference
 from conformance.false_alarms import STANDARD, FalseAlarms
 from conformance.gradients.inputs import GradientInputs, draw_gradients
 from conformance.gradients.precision import gradient_profile
@@ -199,6 +199,8 @@ def predicted(
         scales = predict_core(case, inputs, expected, profile, seed=seed, runs=runs)
         if scales is not None:
             return scales
+    if isinstance(inputs, CoreInputs):
+        expected = by_pieces(case, inputs, expected)
     return predict_scale(
         expected.evaluate,
         expected.outputs,

@@ -18,8 +18,9 @@ from conformance.closed_form import closed_form
 from conformance.error_model import FEW_RUNS
 from conformance.expected import reference
 from conformance.inputs import draw_core
-from conformance.pieces import core_pieces
+from conformance.pieces import core_pieces, in_pieces
 from conformance.precision import profile_named
+from conformance.rounding_runs import nearest_runs
 from conformance.runner import judge_case, predicted
 from conformance.subjects import CoreCall, Subject
 from golden import AttentionConfig
@@ -37,6 +38,8 @@ CASE = Case(
     dtype="bfloat16",
     scope="core",
 )
+ALONE = replace(profile_named("sdpa", "bfloat16"), stores={"exp": "float64"}, exp_ulps=2.0**30)
+"""Nothing but exp errs, by up to 2**-22 of it, and nothing is rounded."""
 FLASH = variants.KERNELS["flash, tile 64"]
 
 
@@ -136,6 +139,16 @@ def test_pieces_give_what_all_queries_and_keys_at_once_give(window: int | None) 
     assert len(cut) > 10
     assert min(len(range(640)[piece.queries]) for piece in (*cut, *some)) >= pieces.LEAST
     assert cut[5].keys.stop < 640
+    # an approximation of exp is one function, whatever is cut; roundings of sums aside
+    exact = evaluate()["output"]
+    joined = in_pieces(evaluate, cut)
+    np.testing.assert_allclose(joined()["output"], exact, rtol=0, atol=1e-13)
+    for observer, again in zip(nearest_runs(claims, 3), nearest_runs(claims, 3), strict=True):
+        observer, again = (replace(x, profile=ALONE) for x in (observer, again))
+        moved = evaluate(observe=observer)["output"] - exact
+        assert observer.rng is None or np.abs(moved).max() > 1e-9
+        found = joined(observe=again)["output"] - exact
+        np.testing.assert_allclose(found, moved, rtol=0, atol=1e-13)
     whole = closed_form(evaluate, inputs.v, case.config, claims)
     parts = closed_form(evaluate, inputs.v, case.config, claims, cut)
     for name, one, other in zip(whole._fields, whole, parts, strict=True):

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from conformance import cli, runner, sampled_rows
 from conformance.cache_key import content_key, source_digest
 from conformance.case_ids import parse
+from conformance.error_model import ErrorScale
 from conformance.errors import UsageError
 from conformance.inputs import draw_core
 from conformance.precision import profile_named
@@ -126,6 +127,20 @@ def test_a_key_tells_case_inputs_profile_runs_and_source_apart(tmp_path: Path) -
         source_digest((tmp_path / "nowhere",))
     with mock.patch("conformance.cache_key.source_digest", return_value="other code"):
         assert content_key(case, inputs, claims, 8) != one
+
+
+def test_scales_are_kept_by_profile_and_runs(tmp_path: Path) -> None:
+    case, kept = parse(CORE.format("bf16")), ScaleCache(tmp_path, worth=0.0)
+    inputs, computed = draw_core(case), list[tuple[str, int]]()
+    asked = [(name, runs) for name in ("flash", "eager") for runs in (8, 32)]
+    for name, runs in (*asked, *asked):
+
+        def compute(one: tuple[str, int] = (name, runs)) -> dict[str, ErrorScale]:
+            computed.append(one)
+            return {}
+
+        kept.scales(case, inputs, profile_named(name, "bfloat16"), runs, compute)
+    assert computed == asked
 
 
 @pytest.fixture(scope="module")
