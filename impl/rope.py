@@ -260,7 +260,7 @@ def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     rotary_dim, turn = 2 * cos.shape[-1], _Turn(cos, cos, sin, sin)
 
     def parts(y: Tensor) -> tuple[Tensor, ...]:
-        return y[..., :rotary_dim].unflatten(-1, (-1, 2)).unbind(dim=-1)
+        return y[..., :rotary_dim].reshape(*y.shape[:-1], rotary_dim // 2, 2).unbind(dim=-1)
 
     if _goes_by_pieces(x):
         return _in_pieces(x, turn, parts, rotary_dim)
