@@ -12,9 +12,10 @@ from golden.caches.held import Cache, Held
 from golden.errors import ShapeError
 from golden.packing import Packing, check_row, side_by_side
 from golden.sharding.context_attention import Segments
+from golden.sharding.encoding import cached_heads, encode_tokens
 from golden.sharding.layer import ShardedLayer, ShardedResult
 from golden.sharding.observers import RankObserver, unobserved_ranks
-from golden.sharding.prefill import cached_heads, check_caches, encode_tokens
+from golden.sharding.prefill import check_caches
 from golden.sharding.prior import data_parallel_rows, gathered_prior
 from golden.sharding.rank_heads import local_rows
 from golden.sharding.rules import check_prefill

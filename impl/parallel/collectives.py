@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
@@ -29,7 +31,7 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
 
 
 def all_gather(x: Tensor, dim: int, group: Group) -> Tensor:
-    """All ranks' tensors one after another along `dim`, on every rank.
+    """All ranks' tensors one after another along `dim`, in the mesh's order, on every rank.
 
     Args:
         x: any shape, the same on every rank.
@@ -38,7 +40,7 @@ def all_gather(x: Tensor, dim: int, group: Group) -> Tensor:
     """
     if group.size == 1:
         return x
-    return _ready(_gather(x.contiguous(), dim, group.name))
+    return _in_order(_ready(_gather(x.contiguous(), dim, group.name)), dim, group.numbers)
 
 
 def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
@@ -51,7 +53,17 @@ def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
     """
     if group.size == 1:
         return x
+    places = tuple(map(group.numbers.index, range(len(group.numbers))))
+    x = _in_order(x, dim, places)
     return _ready(_scatter(x.contiguous(), "sum", dim, group.name))
+
+
+def _in_order(x: Tensor, dim: int, order: Sequence[int]) -> Tensor:
+    """Equal pieces of `x` along `dim` in another order; as they are if it is empty."""
+    if not order:
+        return x
+    pieces = x.chunk(len(order), dim)
+    return torch.cat([pieces[piece] for piece in order], dim)
 
 
 def _ready(result: Any) -> Tensor:

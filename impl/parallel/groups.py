@@ -7,6 +7,7 @@ makes the groups of a configuration once per process; every rank must come to it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -31,12 +32,16 @@ class Group:
     Attributes:
         name: its name in `torch.distributed`; empty for a rank alone.
         size: ranks in it.
-        rank: this rank's place in it.
+        rank: this rank's place in it, in the order of the mesh.
+        numbers: number of the rank at each place in its process group, which orders ranks by their
+            global number; empty where that is the mesh's order. It is not where Trn2's wiring
+            makes a column of 64 ranks, such as 12, 8, 28, 24.
     """
 
     name: Any = ""
     size: int = 1
     rank: int = 0
+    numbers: tuple[int, ...] = ()
 
 
 ALONE = Group()
@@ -150,7 +155,8 @@ def core_group(run: NeuronConfig, cores: int) -> Group:
     if cores not in made:
         ranks = torch.arange(run.tp_degree).view(-1, cores)
         mesh = DeviceMesh(_device_type(), ranks, mesh_dim_names=("group", "core"))
-        made[cores] = _group(mesh, "core", cores, rank % cores)
+        first = rank - rank % cores
+        made[cores] = _group(mesh, "core", range(first, first + cores), rank % cores)
     return made[cores]
 
 
@@ -167,7 +173,8 @@ def _stage(mesh: StageMesh, split: str, rank: int) -> Stage:
     made = DeviceMesh(_device_type(), torch.tensor(mesh.rows), mesh_dim_names=(split, "tp"))
     row, column = mesh.coordinates(rank)
     return Stage(
-        tp=_group(made, "tp", mesh.tp_degree, column), split=_group(made, split, mesh.groups, row)
+        tp=_group(made, "tp", mesh.rows[row], column),
+        split=_group(made, split, mesh.columns[column], row),
     )
 
 
@@ -175,5 +182,9 @@ def _device_type() -> str:
     return {backend: kind for kind, backend in BACKENDS.items()}.get(dist.get_backend(), "cpu")
 
 
-def _group(mesh: DeviceMesh, name: str, size: int, rank: int) -> Group:
-    return ALONE if size == 1 else Group(mesh.get_group(name).group_name, size, rank)
+def _group(mesh: DeviceMesh, name: str, ranks: Sequence[int], rank: int) -> Group:
+    if len(ranks) == 1:
+        return ALONE
+    by_number = sorted(ranks)
+    numbers = () if by_number == list(ranks) else tuple(map(by_number.index, ranks))
+    return Group(mesh.get_group(name).group_name, len(ranks), rank, numbers)

@@ -68,11 +68,10 @@ def prior_plan(maps: RankMaps, rank: int) -> PriorPlan:
 
 
 def _partitions(maps: RankMaps) -> Iterator[tuple[Exchange, Sequence[Sequence[int]]]]:
-    # process groups order their ranks by number, whatever the mesh
     world = range(maps.prefill.mesh.world_size)
     yield "none", [(rank,) for rank in world]
-    yield "prefill", [sorted(column) for column in maps.prefill.mesh.columns]
-    yield "decode", [sorted(column) for column in maps.decode.mesh.columns]
+    yield "prefill", maps.prefill.mesh.columns
+    yield "decode", maps.decode.mesh.columns
     yield "all", [world]
 
 

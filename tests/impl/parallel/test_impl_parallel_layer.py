@@ -51,3 +51,18 @@ def test_prefill_and_decode_on_ranks_equal_those_on_one(
     for got_first, got_second in on_ranks(world, rank_steps):
         assert relative_error(got_first, first.hidden_states) < ROUNDOFF
         assert relative_error(got_second, second.hidden_states) < ROUNDOFF
+
+
+def test_columns_of_trn2s_wiring_join_in_the_order_of_the_mesh() -> None:
+    """Process groups number ranks upwards, and a column of the mesh is 12, 8, 28, 24, ..."""
+    state = checkpoint(64, 8)
+    alone = encode(build(64, 8, {}, state)).hidden_states
+
+    def prefill(_: int) -> Tensor:
+        output: Tensor = encode(
+            build(64, 8, {"tp_degree": 64, "cp_degree": 8}, state)
+        ).hidden_states
+        return output
+
+    for got in on_ranks(64, prefill):
+        assert relative_error(got, alone) < ROUNDOFF
