@@ -16,6 +16,7 @@ more. From the same stages come the derivatives of the output with respect to wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -75,7 +76,7 @@ class Stages:
         added, cap = self.stored(stage, value), self.config.softcap
         if stage == "qk":
             self.scores = added * self.config.softmax_scale**2
-        elif stage in ("scores", "shifted_scores"):
+        elif stage == "shifted_scores" or (stage == "scores" and not self._scales_exactly):
             self.scores = self.scores + added
         elif stage == "softcap_ratio" and cap is not None:
             self.scores = self.scores / cap**2 + added
@@ -94,6 +95,13 @@ class Stages:
         if stage in ("scores", "softcap_tanh", "exp", "denominator", "weights", "attn"):
             self.seen[stage] = value
         return value
+
+    @property
+    def _scales_exactly(self) -> bool:
+        """Whether scores are stored products times a power of two, which rounds nothing again."""
+        products, scores = (self.profile.stores.get(s, "float64") for s in ("qk", "scores"))
+        exact = math.frexp(self.config.softmax_scale)[0] == 0.5
+        return exact and FORMATS[scores].precision >= FORMATS[products].precision
 
     @property
     def _total(self) -> Array:

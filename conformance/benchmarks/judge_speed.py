@@ -44,7 +44,7 @@ LAYERS = {
     "window-sinks-d128": "core-h256-hq4-hkv2-d128-sinks-window512",
 }
 """Layers by name: 4 heads on 2 KV heads."""
-CLAIMS = (("bf16", "flash"), ("bf16", "native"), ("fp32", "flash"))
+CLAIMS = (("bf16", "flash"), ("bf16", "eager"), ("fp32", "flash"))
 """Dtypes, and the profiles under which the layers are judged."""
 COLUMNS = ("over-golden", "over-streamed", "cached-over-golden", "memory-over-golden")
 

@@ -75,6 +75,6 @@ def test_command_writes_figures_and_page(tmp_path: Path, monkeypatch: pytest.Mon
     command = ["bench", "judge", "--quick", "--json", str(figures), "--page", str(page)]
     assert CliRunner().invoke(cli.main, command).exit_code == 0
     names = [item["name"] for item in json.loads(figures.read_text())["figures"]]
-    assert "judge/native/bf16/s64/window-d64/x" in names
+    assert "judge/eager/bf16/s64/window-d64/x" in names
     assert len(names) == len(judge_speed.LAYERS) * len(judge_speed.CLAIMS)
     assert "measured" in page.read_text()

@@ -29,6 +29,9 @@ CONFIGS = {
     "soft cap": AttentionConfig(
         hidden_size=128, num_attention_heads=4, num_key_value_heads=4, head_dim=32, softcap=5.0
     ),
+    "softmax scale a power of two": AttentionConfig(
+        hidden_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=16
+    ),
 }
 RUNS = 8
 
