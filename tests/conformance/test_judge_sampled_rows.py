@@ -19,6 +19,7 @@ from conformance.inputs import draw_core
 from conformance.precision import profile_named
 from conformance.runner import judge_case, predicted
 from conformance.subjects import CoreCall, Subject
+from conformance.variants import dense, streamed
 from golden import AttentionConfig
 
 CASE = Case(
@@ -34,7 +35,7 @@ CASE = Case(
     dtype="bfloat16",
     scope="core",
 )
-FLASH = variants.KERNELS["flash, tile 64"]
+FLASH = variants.CORES["flash, tile 64"].function
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,8 +76,8 @@ def last_key_lost(call: CoreCall) -> Tensor:
 
 def test_long_case_passes_correct_kernels_and_fails_wrong_ones() -> None:
     kernels = {
-        **{f"tile {tile}": variants.flash(tile) for tile in (32, 128, 512)},
-        "float64 inside": variants.exact_inside,
+        **{f"tile {tile}": streamed.flash(tile) for tile in (32, 128, 512)},
+        "float64 inside": dense.float64_inside,
         "scale * 1.0003": scaled,
         "one key lost in one row": last_key_lost,
     }
