@@ -62,8 +62,8 @@ def verdicts(case: Case, subjects: list[Subject]) -> dict[str, str]:
 def test_correct_kernels_conform_whatever_their_order_of_sums_tiles_and_extra_precision(
     case: Case,
 ) -> None:
-    subjects = [variants.core_subject(name) for name in variants.KERNELS]
-    assert verdicts(case, subjects) == dict.fromkeys(variants.KERNELS, "CONFORMS")
+    subjects = [variants.CORES[name] for name in variants.CORES]
+    assert verdicts(case, subjects) == dict.fromkeys(variants.CORES, "CONFORMS")
 
 
 LAYER_CASES = [
@@ -95,7 +95,7 @@ def test_more_exact_than_claimed_passes_with_a_smaller_spread() -> None:
     spreads = {}
     with variants.shared_work():
         for name in ("eager", "flash, tile 32", "float64 inside"):
-            subject = replace(variants.core_subject(name), profile="eager")
+            subject = replace(variants.CORES[name], profile="eager")
             record = judge_case(case, subject)
             assert record.verdict == "CONFORMS"
             (spread,) = (s for s in record.statistics if s.name == "spread")

@@ -15,6 +15,7 @@ import conformance
 from conformance import Deviation, assert_conforms, case_inputs, judge_output
 from conformance.errors import UsageError
 from conformance.subjects import CoreCall, load_subject
+from conformance.variants import dense
 
 CASE = "core-h256-hq8-hkv2-d32-sinks/cte-bf16-b2-q97_33-gaussian-seed0"
 LAYER = "h64-hq4-hkv2-d16-rope10000/cte-bf16-b2-q9-gaussian-seed0"
@@ -26,11 +27,11 @@ def _one_thread() -> None:
 
 
 def scale_off(call: CoreCall) -> Tensor:
-    return variants.float32_inside(replace(call, softmax_scale=call.softmax_scale * 1.01))
+    return dense.float32_inside(replace(call, softmax_scale=call.softmax_scale * 1.01))
 
 
 def test_kernel_that_conforms_gives_its_record() -> None:
-    record = assert_conforms(variants.float32_inside, CASE, profile="flash")
+    record = assert_conforms(dense.float32_inside, CASE, profile="flash")
     assert (record.verdict, record.profile) == ("CONFORMS", "flash-bfloat16")
     assert assert_conforms(variants.native_kernel, CASE).profile == "native-bfloat16"
     assert assert_conforms(load_subject("impl"), LAYER).subject == "impl"
@@ -52,7 +53,7 @@ def test_text_of_a_deviation_says_verdict_statistic_place_and_command() -> None:
 def test_output_computed_before_is_judged() -> None:
     call = case_inputs(CASE)
     assert isinstance(call, CoreCall)
-    right = judge_output(variants.float32_inside(call), CASE, profile="flash")
+    right = judge_output(dense.float32_inside(call), CASE, profile="flash")
     wrong = judge_output(scale_off(call), CASE, profile="flash")
     assert (right.verdict, wrong.verdict) == ("CONFORMS", "DEVIATES")
 

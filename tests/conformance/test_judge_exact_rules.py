@@ -18,6 +18,7 @@ from conformance.errors import UsageError
 from conformance.runner import judge_case
 from conformance.subjects import CoreCall, LayerCall, LayerOutput, Subject, load_subject
 from conformance.subjects.impl import attention_layer
+from conformance.variants import dense, streamed
 from reports.records import CaseRecord
 
 PREFILL = parse("core-h256-hq8-hkv2-d32/cte-bf16-b2-q97_33-gaussian-seed0")
@@ -47,8 +48,8 @@ def broken(record: CaseRecord) -> set[str]:
 @pytest.mark.parametrize("case", [PREFILL, DECODE], ids=["prefill", "decode"])
 def test_correct_kernels_keep_every_rule(case: Case) -> None:
     with variants.shared_work():
-        for name in variants.KERNELS:
-            record = judged(case, variants.core_subject(name))
+        for name in variants.CORES:
+            record = judged(case, variants.CORES[name])
             assert record.verdict == "CONFORMS", f"{name}: {record.reason}"
             held = {s.name for s in record.statistics if s.name.startswith("exact: ")}
             assert held == {f"exact: {rule}" for rule in RULES}
@@ -67,7 +68,7 @@ def drifting() -> Callable[[CoreCall], Tensor]:
 
     def kernel(call: CoreCall) -> Tensor:
         """Round up on every second call, by far less than the error scale."""
-        output = variants.float32_inside(call)
+        output = dense.float32_inside(call)
         return output if next(calls) % 2 == 0 else output * (1 + 2.0**-8)
 
     return kernel
@@ -75,22 +76,22 @@ def drifting() -> Callable[[CoreCall], Tensor]:
 
 def additive_mask(call: CoreCall) -> Tensor:
     """Hide keys by a penalty that huge scores outweigh."""
-    scores = call.q.float() @ variants.per_query_head(call.k, call.q).float().transpose(2, 3)
+    scores = call.q.float() @ dense.per_query_head(call.k, call.q).float().transpose(2, 3)
     scores = scores * call.softmax_scale + torch.where(call.mask, 0.0, -1e4)
     weights = torch.softmax(scores, dim=-1) * call.mask
-    return (weights @ variants.per_query_head(call.v, call.q).float()).to(call.q.dtype)
+    return (weights @ dense.per_query_head(call.v, call.q).float()).to(call.q.dtype)
 
 
 def tile_by_batch_mate(call: CoreCall) -> Tensor:
     """Choose the tile by what the batch's last row holds."""
     tile = 16 if call.q[-1].float().sum() > 0 else 64
-    return variants.flash(tile)(call)
+    return streamed.flash(tile)(call)
 
 
 def assumes_strides(call: CoreCall) -> Tensor:
     """Read the storage of q as if it were contiguous."""
     q = torch.as_strided(call.q, call.q.shape, torch.empty(call.q.shape).stride())
-    return variants.float32_inside(replace(call, q=q))
+    return dense.float32_inside(replace(call, q=q))
 
 
 BREAKERS: dict[str, Callable[[CoreCall], Any]] = {
@@ -123,9 +124,7 @@ def test_rule_can_be_disclaimed_and_nan_must_be_claimed() -> None:
         disclaims=("batch mates", "masked NaN"),
     )
     assert judged(PREFILL, lax).verdict == "CONFORMS"
-    assert broken(judged(PREFILL, replace(variants.core_subject("eager"), disclaims=()))) == {
-        "masked NaN"
-    }
+    assert broken(judged(PREFILL, replace(variants.CORES["eager"], disclaims=()))) == {"masked NaN"}
     with pytest.raises(UsageError, match="disclaims must be among"):
         replace(lax, disclaims=("everything",))
 

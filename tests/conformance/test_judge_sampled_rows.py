@@ -23,6 +23,7 @@ from conformance.precision import profile_named
 from conformance.rounding_runs import nearest_runs
 from conformance.runner import judge_case, predicted
 from conformance.subjects import CoreCall, Subject
+from conformance.variants import dense, streamed
 from golden import AttentionConfig
 
 CASE = Case(
@@ -40,7 +41,7 @@ CASE = Case(
 )
 ALONE = replace(profile_named("sdpa", "bfloat16"), stores={"exp": "float64"}, exp_ulps=2.0**30)
 """Nothing but exp errs, by up to 2**-22 of it, and nothing is rounded."""
-FLASH = variants.KERNELS["flash, tile 64"]
+FLASH = variants.CORES["flash, tile 64"].function
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -81,8 +82,8 @@ def last_key_lost(call: CoreCall) -> Tensor:
 
 def test_long_case_passes_correct_kernels_and_fails_wrong_ones() -> None:
     kernels = {
-        **{f"tile {tile}": variants.flash(tile) for tile in (32, 128, 512)},
-        "float64 inside": variants.exact_inside,
+        **{f"tile {tile}": streamed.flash(tile) for tile in (32, 128, 512)},
+        "float64 inside": dense.float64_inside,
         "scale * 1.0003": scaled,
         "one key lost in one row": last_key_lost,
     }

@@ -20,10 +20,11 @@ from conformance.runner import judge_case
 from conformance.score_tests import ScoreTest, null_spread
 from conformance.subjects import CoreCall, LayerCall, LayerOutput, Subject
 from conformance.subjects.impl import attention_layer
+from conformance.variants import dense, streamed
 from golden import AttentionConfig, QKNorm, RopeConfig
 from reports.records import CaseRecord, Statistic
 
-FLASH = variants.KERNELS["flash, tile 128"]
+FLASH = variants.CORES["flash, tile 128"].function
 SINKS = AttentionConfig(
     hidden_size=256,
     num_attention_heads=4,
@@ -52,11 +53,9 @@ def one_sink_more(call: CoreCall) -> Tensor:
 
 def sigmoid_sink(call: CoreCall) -> Tensor:
     """The sink as a gate on the output without it: o * sigmoid(logsumexp - sink)."""
-    scores = variants.masked_scores(call, torch.float32)
-    mixed, total, _ = variants.streamed(call, 128)
-    gate = torch.sigmoid(
-        scores.logsumexp(-1, keepdim=True) - variants.sink_logits(call, scores.dtype)
-    )
+    scores = dense.masked_scores(call, torch.float32)
+    mixed, total, _ = streamed.attend_tiles(call, 128)
+    gate = torch.sigmoid(scores.logsumexp(-1, keepdim=True) - dense.sink_logits(call, scores.dtype))
     return (mixed / total * gate).to(call.q.dtype)
 
 
@@ -67,8 +66,8 @@ def truncated(call: CoreCall) -> Tensor:
 
 
 KERNELS: dict[str, variants.Kernel] = {
-    **{f"flash, tile {tile}": variants.flash(tile) for tile in (32, 64, 128, 256, 512)},
-    "float64 inside": variants.exact_inside,
+    **{f"flash, tile {tile}": streamed.flash(tile) for tile in (32, 64, 128, 256, 512)},
+    "float64 inside": dense.float64_inside,
     "sigmoid-form sink": sigmoid_sink,
     "scale * 1.0003": scaled(1.0003),
     "scale / 1.0003": scaled(1 / 1.0003),
@@ -253,6 +252,6 @@ def test_false_alarms_of_the_limit_are_as_many_as_asked_for(
 def test_rows_that_one_weight_decides_do_not_overflow() -> None:
     # logits of a hundred and more leave rows whose error is 1e-15 of their size and less
     case = parse("core-h256-hq8-hkv8-d32-sinks/cte-bf16-b2-q97-large-seed519")
-    record = judge_case(case, variants.core_subject("flash, tile 64"))
+    record = judge_case(case, variants.CORES["flash, tile 64"])
     assert record.verdict == "CONFORMS", record.reason
     assert all(math.isfinite(s.value) and math.isfinite(s.limit) for s in record.statistics)

@@ -19,6 +19,7 @@ from conformance.cases import Case, Workload
 from conformance.row_groups import row_groups
 from conformance.runner import judge_case
 from conformance.subjects import CoreCall, Subject
+from conformance.variants import streamed
 from golden import AttentionConfig
 from reports.records import CaseRecord, case_from_dict, case_to_dict
 
@@ -26,7 +27,7 @@ CONFIG = AttentionConfig(hidden_size=512, num_attention_heads=8, num_key_value_h
 CASE = Case(
     config=CONFIG, workload=Workload(phase="cte", lengths=(600,)), dtype="bfloat16", scope="core"
 )
-FLASH = variants.KERNELS["flash, tile 64"]
+FLASH = variants.CORES["flash, tile 64"].function
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,7 +58,7 @@ TILE = (slice(None), slice(5, 6), slice(256, 384))
 def judged() -> dict[str, CaseRecord]:
     kernels: dict[str, Callable[[CoreCall], Tensor]] = {
         "right": FLASH,
-        **{f"tile {tile}": variants.flash(tile) for tile in (32, 128, 512)},
+        **{f"tile {tile}": streamed.flash(tile) for tile in (32, 128, 512)},
         "head": noisy(HEAD),
         "KV group": noisy(GROUP),
         "tile of 128": noisy(TILE, 1.06),
