@@ -101,9 +101,11 @@ def kernels_of(device: str) -> Iterator[None]:
     decode = partial(resolve_decode_kernel, device_type=device)
     with ExitStack() as patches:
         patches.enter_context(patch.object(NeuronAttentionBase, "kernel_choice", there))
-        for module in ("attention_core", "attention_layer"):
-            name = f"impl.{module}.resolve_decode_kernel"
-            patches.enter_context(patch(name, lambda slots, _: decode(slots)))
+        users = [m for name, m in sys.modules.items() if name.startswith("impl.")]
+        for module in users:
+            if "resolve_decode_kernel" in vars(module):
+                there_too = patch.object(module, "resolve_decode_kernel", lambda n, _="": decode(n))
+                patches.enter_context(there_too)
         yield
 
 
