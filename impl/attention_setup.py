@@ -141,6 +141,8 @@ class AttentionSetup(AttentionInputs):
         plain = self.cp_degree == 1 and self.prefill_rule.plain(
             sink=self.learned_sinks is not None, explicit_mask=explicit_mask, prior=prior
         )
+        if trains and device_type == "cpu" and self.torch_dtype.itemsize < 4:
+            plain = False  # PyTorch's fused kernel adds gradients of k and v up in the model dtype
         obstacle = self.prefill_rule.nki_obstacle(
             head_dim=self.head_dim, dtype=self.torch_dtype, explicit_mask=explicit_mask
         )

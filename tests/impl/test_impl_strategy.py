@@ -2,6 +2,7 @@ import logging
 from typing import Any
 
 import pytest
+import torch
 from impl_layers import layer
 
 from impl import ConfigError, get_flash_attention_strategy
@@ -104,6 +105,25 @@ def test_a_layer_says_which_kernel_it_wanted_and_what_computes_it() -> None:
     assert (choice.strategy, choice.implementation) == (S.SHARDED_KERNEL, Implementation.SDPA)
     assert "can express it" in choice.reason
     assert made.get_flash_attention_strategy(1024, True) is S.SHARDED_KERNEL
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device_type", "kernel"),
+    [
+        (torch.float32, "cpu", Implementation.SDPA),
+        (torch.bfloat16, "cpu", Implementation.FLASH),
+        (torch.float16, "cpu", Implementation.FLASH),
+        (torch.bfloat16, "cuda", Implementation.SDPA),
+    ],
+)
+def test_a_kernel_that_sums_gradients_in_16_bits_trains_nothing(
+    dtype: torch.dtype, device_type: str, kernel: Implementation
+) -> None:
+    made = layer(run={"torch_dtype": dtype})
+    choice = made.kernel_choice(1024, trains=True, device_type=device_type)
+    assert choice.implementation is kernel
+    infers = made.kernel_choice(1024, device_type=device_type)
+    assert infers.implementation is Implementation.SDPA
 
 
 def test_kernels_that_are_asked_for_and_not_bound_are_logged(
