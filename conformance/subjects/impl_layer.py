@@ -193,8 +193,9 @@ class _LayerNorm(nn.LayerNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        learned = [None if p is None else p.to(wide) for p in (self.weight, self.bias)]
-        normed = nn.functional.layer_norm(x.to(wide), self.normalized_shape, *learned, self.eps)
+        weight, bias = (None if p is None else p.to(wide) for p in (self.weight, self.bias))
+        shape = list(self.normalized_shape)
+        normed = nn.functional.layer_norm(x.to(wide), shape, weight, bias, self.eps)
         return normed.to(x.dtype)
 
 

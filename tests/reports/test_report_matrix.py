@@ -107,7 +107,8 @@ def test_cell_links_to_the_filter_of_its_row_column_and_suites(make_case: MakeCa
     matrix = feature_matrix([make_case(features=("a&b=c",))])
     link = cell(matrix, "a&b=c", "context encoding", "bfloat16").link
     assert link == (
-        "#feature=a%26b%3Dc&suite=features%20serving%20core&phase=context%20encoding&dtype=bfloat16"
+        "#feature=a%26b%3Dc&suite=features%20serving%20core%20gradients"
+        "&phase=context%20encoding&dtype=bfloat16"
     )
 
 
