@@ -131,7 +131,7 @@ def test_several_subjects_get_a_column_each_with_links_to_their_cases(make_case:
     assert cell(matrix, "a", "subject", "theirs").state == "failed"
     assert cell(matrix, "b", "subject", "theirs").state == "blank"
     link = cell(matrix, "a", "subject", "theirs").link
-    assert link == "#feature=a&suite=features%20serving%20core&subject=theirs"
+    assert link == "#feature=a&suite=features%20serving%20core%20gradients&subject=theirs"
 
 
 def test_matrix_without_cases_has_no_rows() -> None:
