@@ -194,7 +194,8 @@ class _LayerNorm(nn.LayerNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         weight, bias = (None if p is None else p.to(wide) for p in (self.weight, self.bias))
-        normed = nn.functional.layer_norm(x.to(wide), self.normalized_shape, weight, bias, self.eps)
+        shape = list(self.normalized_shape)
+        normed = nn.functional.layer_norm(x.to(wide), shape, weight, bias, self.eps)
         return normed.to(x.dtype)
 
 

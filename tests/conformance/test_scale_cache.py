@@ -45,7 +45,7 @@ SERVED = (
     "h64-hq4-hkv2-d16-window16-rope10000/"
     "serve-bf16-b2-kv0-rolling-prompt17_9.decode2-gaussian-seed0"
 )
-FLASH = Subject(name="flash", function=variants.KERNELS["flash, tile 64"], profile="flash")
+FLASH = Subject(name="flash", function=variants.CORES["flash, tile 64"].function, profile="flash")
 JUDGED = {
     "core, covariance": (CORE.format("bf16"), FLASH),
     "core, sizes": (CORE.format("fp32"), FLASH),

@@ -60,7 +60,7 @@ def test_filter_in_the_address_chooses_the_rows(
         make_case(case_id="c", features=("sinks",), dtype="float32"),
         make_case(case_id="d", features=("sinks",), statistics=(make_statistic(0.95),)),
     )
-    address = fragment(feature="sinks", suite="features serving core", dtype="bfloat16")
+    address = fragment(feature="sinks", suite="features serving core gradients", dtype="bfloat16")
     page = open_page(results, address)
     assert rows(page) == ["d", "a"]
     assert "2 of 4 cases" in page

@@ -107,7 +107,8 @@ def test_cell_links_to_the_filter_of_its_row_column_and_suites(make_case: MakeCa
     matrix = feature_matrix([make_case(features=("a&b=c",))])
     link = cell(matrix, "a&b=c", "context encoding", "bfloat16").link
     assert link == (
-        "#feature=a%26b%3Dc&suite=features%20serving%20core&phase=context%20encoding&dtype=bfloat16"
+        "#feature=a%26b%3Dc&suite=features%20serving%20core%20gradients"
+        "&phase=context%20encoding&dtype=bfloat16"
     )
 
 
@@ -130,7 +131,7 @@ def test_several_subjects_get_a_column_each_with_links_to_their_cases(make_case:
     assert cell(matrix, "a", "subject", "theirs").state == "failed"
     assert cell(matrix, "b", "subject", "theirs").state == "blank"
     link = cell(matrix, "a", "subject", "theirs").link
-    assert link == "#feature=a&suite=features%20serving%20core&subject=theirs"
+    assert link == "#feature=a&suite=features%20serving%20core%20gradients&subject=theirs"
 
 
 def test_matrix_without_cases_has_no_rows() -> None:

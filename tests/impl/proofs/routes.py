@@ -72,7 +72,7 @@ class Taken:
                 self.codes.add(frame.f_code)
 
         def prefilled(*tensors: Any, **named: Any) -> Any:
-            self.kernels.add(("prefill", named["implementation"], "prior" in named))
+            self.kernels.add(("prefill", named["implementation"], named.get("prior") is not None))
             return prefill(*tensors, **named)
 
         def decoded(*tensors: Any, **named: Any) -> Any:
