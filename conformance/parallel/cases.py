@@ -2,7 +2,8 @@
 
 Every pair of values of two of these is in some case, as far as a layer may have both: mesh (world
 size, context and data parallel degrees), heads, mask, form of the QKV projection, biases, sinks,
-norms, sequence parallelism, order of dispatch, dtype.
+norms, sequence parallelism, order of dispatch, dtype, and how the prompt comes: whole, in pieces
+over the cache, or packed.
 """
 
 from __future__ import annotations
@@ -134,12 +135,13 @@ def flash_decoding() -> list[ParallelWorkload]:
     """Eight decode steps with a KV head's tokens spread over the ranks that share it."""
     plain = {axis: choices[0] for axis, choices in AXES.items()}
     made = []
-    for mesh, heads, cores, sinks in (
-        ((4, 1, 1), (8, 2), 2, True),
-        ((8, 1, 1), (7, 1), 8, False),
-        ((8, 1, 1), (8, 2), 4, True),
+    for mesh, heads, cores, sinks, prompt in (
+        ((4, 1, 1), (8, 2), 2, True, "pieces"),
+        ((8, 1, 1), (7, 1), 8, False, "whole"),
+        ((8, 1, 1), (8, 2), 4, True, "whole"),
     ):
-        case = build_case({**plain, "mesh": mesh, "heads": heads, "sinks": sinks}, steps=8)
+        values = {**plain, "mesh": mesh, "heads": heads, "sinks": sinks, "prompt": prompt}
+        case = build_case(values, steps=8)
         spread = replace(case.parallelism, cores_per_group=cores)
         # golden's heads are partial on each core, impl hands over joined ones
         made.append(replace(case, parallelism=spread, stages=()))
