@@ -52,8 +52,9 @@ class PrecisionProfile:
         stores: stage (of `golden.STAGES`) to the format its value is rounded to.
         accumulation: format in which sums of products are accumulated.
         block_length: terms summed one after the other before partial sums are added; longer
-            blocks mean larger errors. 384 is the longest found in PyTorch's products on CPUs. Modelled where the accumulation format is also what the
-            stage stores, since a coarser store hides it.
+            blocks mean larger errors. 384 is the longest found in PyTorch's products on CPUs.
+            Modelled where the accumulation format is also what the stage stores, since a coarser
+            store hides it.
         few_rows: rows from which on a product with a matrix is cut into blocks; fewer take another
             path, weights times values one key after the other.
         lanes: a projection of few rows may instead run along its whole length in this many
