@@ -25,23 +25,41 @@ from impl.strategy import Implementation
 
 ELSEWHERE = {
     "on ranks: tests/impl/parallel": {
+        "flash_decoding.RowSumExchange.forward",
         "attention_layer.AttentionLayer.chunked_attention_with_context_parallel_forward",
         "flash_decoding.attend_on_group",
         "strategy._with_context_parallelism",
     },
-    "backward: test_gradients.py, test_impl_kernels_flash.py": {
+    "backward: test_gradients.py, test_impl_kernels_flash.py, test_impl_attention_block.py": {
+        "attention_block._trains",
         "kernels.flash_function.FlashAttention.backward",
         "kernels.flash_function._KeyGradients.of",
         "kernels.flash_function._KeyGradients.zeros",
         "kernels.flash_function._stream_gradients",
     },
-    "NKI, on its device or with a stand-in: test_impl_kernels_nki.py": {
+    "NKI, on its device or with a stand-in: test_nki_block_paths.py, test_impl_kernels_nki*.py": {
+        "kernels.nki._fake",
         "kernels.nki._launch",
         "kernels.nki._register",
         "kernels.nki.attention_cte",
         "kernels.nki.load",
+        "kernels.nki.register",
         "kernels.nki_arguments.attention_cte_calls",
+        "kernels.nki_block._fake",
+        "kernels.nki_block._launch",
+        "kernels.nki_block._no_quantization",
+        "kernels.nki_block._register",
+        "kernels.nki_block.attention_block_tkg",
+        "kernels.nki_block_arguments._gamma",
+        "kernels.nki_block_arguments._line",
+        "kernels.nki_block_arguments._table",
+        "kernels.nki_block_arguments.attention_block_tkg_call",
+        "kernels.nki_block_arguments.joint_mask",
         "kernels.prefill._nki",
+    },
+    "long sequences, to the same bits: test_impl_rope.py": {
+        "rope._Turn.of_tokens",
+        "rope._in_pieces",
     },
     "the caller's, around forward: test_impl_cache.py, test_impl_output.py, test_impl_rope.py": {
         "flash_decoding.own_tokens",
