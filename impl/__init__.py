@@ -22,13 +22,9 @@ from impl.neuron_config import NeuronConfig
 from impl.norms import L2Norm, QKNormPlacement, QKNormScope, RMSNorm
 from impl.output import NeuronAttentionBaseOutput
 from impl.parallel.sharding_strategy import GQA
-from impl.rope import (
-    PolarRotaryEmbedding,
-    RotaryEmbedding,
-    apply_rotary_polar_compatible,
-    apply_rotary_pos_emb,
-)
+from impl.rope import PolarRotaryEmbedding, RotaryEmbedding
 from impl.rope_frequencies import RotaryFrequencies
+from impl.rotation import apply_rotary_polar_compatible, apply_rotary_pos_emb
 from impl.sink import LearnedSink
 from impl.strategy import FlashAttentionStrategy, get_flash_attention_strategy
 

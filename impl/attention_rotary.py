@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from impl.config import InferenceConfig
 from impl.errors import ConfigError, ShapeError, explain
 from impl.layer_options import LayerOptions
-from impl.rope import PolarRotaryEmbedding, apply_rotary_polar_compatible, apply_rotary_pos_emb
+from impl.rope import PolarRotaryEmbedding
 from impl.rope_frequencies import RotaryFrequencies
+from impl.rotation import apply_rotary_polar_compatible, apply_rotary_pos_emb
 from impl.temperature import scale_queries
 
 Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -20,7 +20,7 @@ from impl.kernels.decode import decode
 from impl.kernels.native import ScoreRule
 from impl.kv_cache.token_writes import token_places, write_tokens
 from impl.norms import RMSNorm, rms_normalize
-from impl.rope import apply_rotary_polar_compatible, apply_rotary_pos_emb
+from impl.rotation import apply_rotary_polar_compatible, apply_rotary_pos_emb
 from impl.strategy import Implementation
 
 

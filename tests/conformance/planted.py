@@ -20,7 +20,7 @@ from conformance.cases import Case
 from conformance.subjects import LayerCall, LayerOutput, subject
 from conformance.subjects.impl import attention_layer
 from impl.kernels import native
-from impl.rope import apply_rotary_polar_compatible
+from impl.rotation import apply_rotary_polar_compatible
 
 planted = subject(scope="layer", profile="native")
 

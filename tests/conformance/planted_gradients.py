@@ -13,7 +13,7 @@ from torch import Tensor
 import impl.attention_rotary
 from conformance.subjects import LayerCall, Subject, load_subject
 from conformance.subjects.impl import gradients
-from impl.rope import apply_rotary_pos_emb
+from impl.rotation import apply_rotary_pos_emb
 
 Backward = Callable[[LayerCall, Tensor], Mapping[str, Tensor]]
 

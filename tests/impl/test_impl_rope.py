@@ -12,7 +12,7 @@ from impl import (
     ShapeError,
     apply_rotary_polar_compatible,
     apply_rotary_pos_emb,
-    rope,
+    rotation,
 )
 from impl.rope_scalings import yarn_mscale
 
@@ -345,6 +345,6 @@ def test_tokens_rotated_in_pieces_keep_every_bit(
     if unsqueeze_dim == 1:
         q, k = q.transpose(1, 2), k.transpose(1, 2)
     whole = rotate(q, k, cos, sin, unsqueeze_dim)
-    monkeypatch.setattr(rope, "PIECE", 2 * 2 * 3 * 8)  # two tokens, one at the end
+    monkeypatch.setattr(rotation, "PIECE", 2 * 2 * 3 * 8)  # two tokens, one at the end
     pieces = rotate(q, k, cos, sin, unsqueeze_dim)
     assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
