@@ -58,8 +58,8 @@ ELSEWHERE = {
         "kernels.prefill._nki",
     },
     "long sequences, to the same bits: test_impl_rope.py": {
-        "rope._Turn.of_tokens",
-        "rope._in_pieces",
+        "rotation._Turn.of_tokens",
+        "rotation._in_pieces",
     },
     "the caller's, around forward: test_impl_cache.py, test_impl_output.py, test_impl_rope.py": {
         "flash_decoding.own_tokens",
