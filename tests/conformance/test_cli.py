@@ -292,10 +292,10 @@ def test_two_processes_give_the_records_that_one_gives() -> None:
 
 
 def test_core_kernels_run_by_their_module_and_name() -> None:
-    result = run_case("variants:eager", CORE)
+    result = run_case("variants:native_kernel", CORE)
     assert result.exit_code == 0, result.output
     (case,) = read_results(Path("results.jsonl")).cases
-    assert (case.subject, case.profile) == ("variants:eager", "eager-bfloat16")
+    assert (case.subject, case.profile) == ("variants:native_kernel", "native-bfloat16")
 
 
 def test_environment_says_what_runs_here_and_what_is_missing() -> None:

@@ -88,7 +88,7 @@ def test_so_is_one_by_sampled_rows(tmp_path: Path) -> None:
 
 def test_a_wrong_subject_is_found_from_the_cache_too(tmp_path: Path) -> None:
     case, kept = parse(CORE.format("bf16")), ScaleCache(tmp_path, worth=0.0)
-    wrong = replace(FLASH, function=lambda call: 1.01 * variants.flash(64)(call))
+    wrong = replace(FLASH, function=lambda call: 1.01 * FLASH.function(call))
     assert judge_case(case, FLASH, cache=kept).verdict == "CONFORMS"
     assert judge_case(case, wrong, cache=kept).verdict == "DEVIATES"
 
