@@ -192,7 +192,7 @@ class _LayerNorm(nn.LayerNorm):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         weight, bias = (None if p is None else p.to(wide) for p in (self.weight, self.bias))
         shape = list(self.normalized_shape)
         normed = nn.functional.layer_norm(x.to(wide), shape, weight, bias, self.eps)

@@ -154,7 +154,9 @@ def test_every_kind_of_layer_trains_in_every_phase_that_it_has_a_path_for() -> N
     ],
     ids=["prefill", "decode"],
 )
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    "layer", [x for x in LAYERS if not isinstance(LAYERS[x], golden.Eagle3AttentionConfig)]
+)
 def test_the_judge_finds_no_gradient_off(layer: str, work: Workload, dtype: str) -> None:
     case = Case(config=LAYERS[layer], workload=work, dtype=dtype)
     record = judge_case(case, load_subject("impl"))
