@@ -19,6 +19,7 @@ from conformance.cases import Case
 from conformance.error_model import ErrorScale
 from conformance.expected import Inputs, Reference
 from conformance.precision import PrecisionProfile
+from conformance.scale_cache import ScaleCache
 from conformance.subjects import CoreCall, LayerCall, LayerOutput, Subject, load_subject, subject
 from conformance.variants import VARIANTS, streamed
 from impl.kernels import native
@@ -38,10 +39,10 @@ def shared_work() -> Iterator[None]:
     inputs_of = lru_cache(maxsize=1)(runner.inputs_of)
     latest: dict[Case, Reference] = {}
 
-    def reference(case: Case, inputs: Inputs) -> Reference:
+    def reference(case: Case, inputs: Inputs, cache: ScaleCache | None = None) -> Reference:
         if case not in latest:
             latest.clear()
-            latest[case] = expected.reference(case, inputs)
+            latest[case] = expected.reference(case, inputs, cache)
         return latest[case]
 
     def predicted(
