@@ -10,7 +10,8 @@ A stage adds the variance that the Monte Carlo runs give it: half that of stocha
 the covariance of a row, which has to serve kernels that store weights relative to other scores,
 that of a value anywhere between its neighbours. Errors of sums are left out, and so are stages
 stored as precisely as sums are accumulated: below the roundings of a coarser output by 2**-13 and
-more. From the same stages come the derivatives of the output with respect to what moves scores,
+more. Where the output is as fine as sums, `conformance.fine_stages` counts them all. From the same
+stages come the derivatives of the output with respect to what moves scores,
 `do = sum_j p_j h_j (v_j - o)`, and to a sink.
 """
 
@@ -24,14 +25,13 @@ from typing import NamedTuple
 import numpy as np
 
 from conformance.error_model import Evaluate
+from conformance.fine_stages import CANCELLED, FineStages
 from conformance.pieces import Piece
 from conformance.precision import PrecisionProfile
+from conformance.stored_variance import rounding_variance
 from golden import FORMATS, Accumulation, Array, AttentionConfig
 from golden.attention import grouped_matmul
 from golden.formats import Format
-
-_CANCELLED = 2.0**-48
-"""Share of a sum of squares below which the square of a difference is roundoff."""
 
 
 class ClosedForm(NamedTuple):
@@ -127,7 +127,7 @@ def internal_variance(stages: Stages, v: Array) -> Array:
         raw = grouped_matmul(moved, squared)
         part = raw - 2 * o * grouped_matmul(moved, v)
         part += np.square(o) * moved.sum(axis=-1, keepdims=True)
-        variance += np.where(part > _CANCELLED * raw, part, 0.0)  # one key: v - o is 0
+        variance += np.where(part > CANCELLED * raw, part, 0.0)  # one key: v - o is 0
     if np.ndim(stages.weights):
         variance += grouped_matmul(np.asarray(stages.weights), squared)
     stored_total = stages.stored("denominator", total)
@@ -136,44 +136,10 @@ def internal_variance(stages: Stages, v: Array) -> Array:
     return variance
 
 
-def unknown_variance(stage: str, form: Format, x: Array) -> Array:
-    """Return the variance of storing values of a stage, zero for values of the format.
-
-    Normalised weights are stored as golden has them, and those within a sixteenth of a gap from a
-    neighbour, such as a saturated softmax has, go there. All else a kernel may have moved, or
-    stores relative to another score: `ulp(x)**2 / 12`, or `x**2` where it goes to zero.
-    """
-    variance = np.zeros_like(x)
-    told = (x != 0.0) & np.isfinite(x)
-    values = x[told]
-    gap, error = form.ulp(values), np.abs(form.nearest(values) - values)
-    spread = np.minimum(gap**2 / 12, values**2)
-    known = error == 0 if stage != "weights" else error < gap / 16
-    variance[told] = np.where(known, error**2, spread)
-    return variance
-
-
-def rounding_variance(form: Format, x: Array) -> Array:
-    """Return `(x - lower)(upper - x) / 2`, its neighbours in a format on either side.
-
-    That is half the variance of stochastic rounding. Infinity gives 0. Subnormals of float16 have
-    their fixed gap; those of bfloat16 are left to the gap of normal numbers, 2**-252 at most.
-    """
-    drop = np.uint64(53 - form.precision)
-    bits = np.ascontiguousarray(x).view(np.uint64)
-    low = bits >> drop << drop
-    variance: Array = (low + (np.uint64(1) << drop)).view(np.float64)
-    with np.errstate(invalid="ignore"):  # infinity less itself
-        variance -= x
-        variance *= x - low.view(np.float64)
-    variance *= 0.5
-    variance[~np.isfinite(x)] = 0.0
-    if form.min_exponent > -126:
-        tiny = np.abs(x) < 2.0**form.min_exponent
-        gap = 2.0 ** (form.min_exponent - (form.precision - 1))
-        part = x[tiny] / gap - np.floor(x[tiny] / gap)
-        variance[tiny] = part * (1.0 - part) * gap**2 / 2
-    return variance
+def is_fine(profile: PrecisionProfile) -> bool:
+    """Tell whether outputs are stored as finely as sums, whose errors then show."""
+    stored = FORMATS[profile.stores.get("attn", "float64")]
+    return stored.precision >= FORMATS[profile.accumulation].precision
 
 
 def closed_form(
@@ -189,7 +155,7 @@ def closed_form(
         evaluate: runs golden; called with `observe=`, `queries=` and `keys=`.
         v: values, `(batch, num_key_value_heads, kv_len, head_dim)`.
         config: the layer.
-        profile: what the subject claims; its output is coarser than its sums.
+        profile: what the subject claims.
         pieces: all queries in order, with the keys they see.
     """
     parts = [_piece(evaluate, v, config, profile, piece) for piece in pieces]
@@ -210,11 +176,17 @@ def _piece(
     piece: Piece,
 ) -> tuple[Array, Array, Array, Array]:
     """Return the fields of the closed form for some queries."""
-    stages = Stages(profile, config, lambda stage, form, x: rounding_variance(form, x))
-    evaluate(observe=stages, queries=piece.queries, keys=piece.keys)
-    p, o = stages.seen["weights"], stages.seen["attn"]
     v = v[:, :, piece.keys]
-    variance = stages.stored("attn", o) + internal_variance(stages, v)
+    stages: Stages | FineStages
+    if is_fine(profile):
+        stages = FineStages(profile, config)
+        evaluate(observe=stages, queries=piece.queries, keys=piece.keys)
+        variance = stages.output_variance(v)
+    else:
+        stages = Stages(profile, config, lambda stage, form, x: rounding_variance(form, x))
+        evaluate(observe=stages, queries=piece.queries, keys=piece.keys)
+        variance = stages.stored("attn", stages.seen["attn"]) + internal_variance(stages, v)
+    p, o = stages.seen["weights"], stages.seen["attn"]
 
     def moved_by(h: Array) -> Array:
         weighted = p * h

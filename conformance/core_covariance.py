@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from conformance.closed_form import Stages, internal_variance, unknown_variance
+from conformance.closed_form import Stages, internal_variance
 from conformance.covariance import KEYS, RowCovariance, row_covariance
 from conformance.error_model import Evaluate
 from conformance.precision import PrecisionProfile
+from conformance.stored_variance import unknown_variance
 from golden import FORMATS, Array, AttentionConfig
 from golden.formats import Format
 

@@ -9,13 +9,14 @@ continued to all rows. Should the two disagree on the sampled rows, the long way
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 import golden
 from conformance.cases import Case
-from conformance.closed_form import ClosedForm, closed_form
+from conformance.closed_form import ClosedForm, closed_form, is_fine
 from conformance.directions import output_shifts
 from conformance.error_model import FEW_RUNS, ErrorScale, ratio, weighing
 from conformance.expected import Inputs, Reference
@@ -24,7 +25,7 @@ from conformance.pieces import Piece, core_pieces
 from conformance.precision import PrecisionProfile
 from conformance.rounding_runs import EXCESS, Dither, nearest_runs
 from conformance.score_tests import Direction, sampled_score_tests
-from golden import FORMATS, Array
+from golden import FORMATS, Accumulation, Array, Observer
 
 STRIDE = 16
 """Queries of which one is evaluated by the Monte Carlo runs."""
@@ -38,12 +39,11 @@ def is_long(case: Case, inputs: Inputs, profile: PrecisionProfile) -> bool:
     """Tell whether a case is judged by sampled rows.
 
     Not where values repeat, since the bias of rounding to nearest needs all rows to be seen; nor
-    where sums are stored as precisely as they are accumulated, which the closed form leaves out.
+    where sums show in the output and have a claimed order, which the closed form does not know.
     """
     if not isinstance(inputs, CoreInputs) or case.regime == "integers":
         return False
-    stored = FORMATS[profile.stores.get("attn", "float64")]
-    if stored.precision >= FORMATS[profile.accumulation].precision:
+    if is_fine(profile) and profile.order:
         return False
     batch, heads, q_len = inputs.q.shape[:3]
     return int(batch * heads * q_len * inputs.k.shape[2]) >= LONG
@@ -82,6 +82,7 @@ def predict_sampled(
         rows,
         some,
         FEW_RUNS,
+        common=is_fine(profile) and profile.exp_ulps > 0,
     )
     scale = ErrorScale(
         row_sigma=row_sigma,
@@ -103,21 +104,56 @@ def _errors(
     seed: int,
 ) -> Array:
     """Return errors of the Monte Carlo runs and of those to nearest, piece by piece."""
-    claims = _coarse(profile)
+    claims = _without_copies(profile) if is_fine(profile) else _coarse(profile)
     dithers = [
         Dither(claims, np.random.Generator(np.random.SFC64([seed, run]))) for run in range(FEW_RUNS)
     ]
     found = []
     for piece in pieces:
-        observers = (*dithers, *nearest_runs(profile, seed))  # the latter begin anew: alike
+        nearest = nearest_runs(profile, seed)  # these begin anew: alike in every piece
+        observers: tuple[Observer, ...] = (*dithers, *nearest)
+        products = _Products()
         runs = [
-            expected.evaluate(observe=observer, queries=piece.queries, keys=piece.keys)["output"]
+            expected.evaluate(
+                observe=products.before(observer), queries=piece.queries, keys=piece.keys
+            )["output"]
             for observer in observers
         ]
         found.append(np.stack(runs) - exact[:, :, piece.place])
     errors = np.concatenate(found, axis=3)
     errors[:FEW_RUNS] /= EXCESS
     return errors
+
+
+@dataclass(slots=True)
+class _Products:
+    """Keeps the sum of squares of queries times keys, which is the same in all runs of a piece."""
+
+    squares: Array | None = None
+
+    def before(self, observer: Observer) -> Observer:
+        """Return an observer that is given the sum that was kept."""
+
+        def observe(stage: str, value: Array, accumulation: Accumulation | None = None, /) -> Array:
+            if stage == "qk" and accumulation is not None:
+                accumulation = replace(accumulation, squares=partial(self._kept, accumulation))
+            return observer(stage, value, accumulation)
+
+        return observe
+
+    def _kept(self, accumulation: Accumulation) -> Array:
+        if self.squares is None:
+            self.squares = accumulation.squares()
+        return self.squares
+
+
+def _without_copies(profile: PrecisionProfile) -> PrecisionProfile:
+    """Return the profile without storing exponentials again in a format that they have."""
+    stores = dict(profile.stores)
+    first, again = (stores.get(stage) for stage in ("exp", "unnormalised_weights"))
+    if first is not None and again == first:
+        del stores["unnormalised_weights"]
+    return replace(profile, stores=stores)
 
 
 def _coarse(profile: PrecisionProfile) -> PrecisionProfile:

@@ -216,12 +216,15 @@ def sampled_score_tests(
     rows: NDArray[np.bool_],
     some: slice,
     runs: int,
+    *,
+    common: bool,
 ) -> tuple[ScoreTest, ...]:
     """Prepare score tests over all rows of a core's output from the errors of some queries.
 
     Rows err independently, so the sampled rows' variance over their share of `||g / sigma||**2`
     is the variance of `T`. The bias of rounding to nearest is scaled as an error of independent
-    rows, with the root of that share.
+    rows, with the root of that share; where rows have errors in common, as that of a function, they
+    add up, and it is scaled by the share itself.
 
     Args:
         directions: what to project on.
@@ -231,6 +234,8 @@ def sampled_score_tests(
         rows: which rows count.
         some: the sampled queries.
         runs: how many are Monte Carlo runs.
+        common: whether rows of a subject have errors in common that the runs draw apart: those of
+            a function. Degrees of freedom are then the runs'.
     """
     found = []
     for direction in directions:
@@ -246,7 +251,8 @@ def sampled_score_tests(
         within, scales = weights[:, :, some], inverse[:, :, some]
         parts = np.stack([row_parts(within, scales, error[part]) for error in errors])
         share = float(np.square(within, dtype=np.float64).sum())
-        spread, freedom = null_spread(parts[:runs], independent=True)
+        biased = share if common else math.sqrt(share)
+        spread, freedom = null_spread(parts[:runs], independent=not common)
         if share == 0 or spread == 0:
             continue
         found.append(
@@ -260,7 +266,7 @@ def sampled_score_tests(
                 norm=norm,
                 spread=spread / math.sqrt(share),
                 freedom=freedom,
-                nearest=float(np.abs(parts[runs:].sum(axis=1)).max()) / math.sqrt(share),
+                nearest=float(np.abs(parts[runs:].sum(axis=1)).max()) / biased,
                 slack=direction.slack,
                 runs=runs,
             )

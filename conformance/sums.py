@@ -17,7 +17,7 @@ term, two of variance `c u**2 t**2 / 3`.
 
 One sum takes one path. The error is normal given the path, and its variance follows the path's
 `sum s_k**2`, which varies: a bridge's by four fifths of its squared mean. So errors are a mixture
-of normal ones with heavier tails, kurtosis up to 5.4. `path_factor` draws it from the bridge's
+of normal ones with heavier tails, kurtosis up to 5.4. `path_energy` draws it from the bridge's
 first sine, which has nine tenths of that variance; of `n / b` blocks the mean varies less.
 
 That is for terms of like size. An addition errs by no more than its smaller part, so a sum of one
@@ -57,7 +57,15 @@ def accumulation_scale(
         value: the sums, whose size gives the mean of the terms.
         accumulation: number of terms, and the sum of their squares.
     """
-    return _scale(profile, stage, value, accumulation, None)
+    scale: Array = np.sqrt(accumulation_variance(profile, stage, value, accumulation))
+    return scale
+
+
+def accumulation_variance(
+    profile: PrecisionProfile, stage: str, value: Array, accumulation: Accumulation
+) -> Array:
+    """Return the square of `accumulation_scale`, which takes the same."""
+    return _variance(profile, stage, value, accumulation, None)
 
 
 def accumulation_error(
@@ -77,45 +85,46 @@ def accumulation_error(
         rng: source of the randomness.
     """
     error: Array = rng.standard_normal(value.shape)
-    error *= _scale(profile, stage, value, accumulation, rng)
+    error *= np.sqrt(_variance(profile, stage, value, accumulation, rng))
     return error
 
 
-def _scale(
+def _variance(
     profile: PrecisionProfile,
     stage: str,
     value: Array,
     accumulation: Accumulation,
     rng: np.random.Generator | None,
 ) -> Array:
-    """Return the error's standard deviation over all paths, or on paths that `rng` draws."""
+    """Return the error's variance over all paths, or on paths that `rng` draws."""
     n = np.maximum(accumulation.count(), 1.0)
     squares = accumulation.squares()
-    mean_square = np.square(value / n)
-    spread = np.maximum(squares / n - mean_square, 0.0)
     block = np.minimum(block_length(profile, stage, value.shape, n), n)
     drift, bridge = partial_sums(n, block)
-    straight, bent = mean_square * drift, spread * bridge
-    energy = straight + bent
-    if rng is not None:
-        energy = energy * path_factor(straight, bent, n / block, rng)
-    if stage != "denominator":
-        energy = energy + squares
+    products = 0.0 if stage == "denominator" else 1.0
+    if rng is None:  # m**2 drift + (squares / n - m**2) bridge + squares
+        energy = np.square(value) * ((drift - bridge) / np.square(n))
+        energy = energy + squares * (bridge / n + products)
+    else:
+        mean_square = np.square(value / n)
+        spread = np.maximum(squares / n - mean_square, 0.0)
+        energy = path_energy(mean_square * drift, spread * bridge, n / block, rng)
+        energy = energy + products * squares
     form = FORMATS[profile.accumulation]
-    variance = BINADE * form.unit_roundoff**2 * energy / 3
-    scale: Array = np.where((n > 1) & (form.nearest(value) != value), np.sqrt(variance), 0.0)
+    energy *= BINADE * form.unit_roundoff**2 / 3
+    variance: Array = np.where((n > 1) & ~form.holds(value), energy, 0.0)
     if accumulation.rest is not None:
-        scale = np.minimum(scale, np.maximum(accumulation.rest(), 0.0))
+        variance = np.minimum(variance, np.square(np.maximum(accumulation.rest(), 0.0)))
     if profile.operands and stage != "denominator":  # both factors of every product
         unit = FORMATS[profile.operands].unit_roundoff
-        scale = np.sqrt(np.square(scale) + 2 * BINADE * unit**2 * squares / 3)
-    return scale
+        variance = variance + 2 * BINADE * unit**2 * squares / 3
+    return variance
 
 
-def path_factor(
+def path_energy(
     straight: Array, bent: Array, blocks: Array | float, rng: np.random.Generator
 ) -> Array:
-    """Draw what a path's sum of squares is of its expectation, elementwise.
+    """Draw a path's sum of squares, elementwise.
 
     A path is the straight line to the sum and a bridge, whose first sine has the amplitude
     `z sqrt(2 w n) / pi` with `z` standard normal. With `a**2` the line's sum of squares and
@@ -129,12 +138,18 @@ def path_factor(
         blocks: how many blocks share the sum, each on its own path.
         rng: source of the randomness.
     """
-    z = rng.standard_normal(np.shape(straight))
-    total = straight + bent
-    change = 12 * np.sqrt(straight * bent) * z + 6 * bent * (np.square(z) - 1)
-    varied = change / (math.pi**2 * np.sqrt(blocks) * np.where(total > 0.0, total, 1.0))
-    factor: Array = np.maximum(1.0 + varied, 0.0)
-    return factor
+    z = rng.standard_normal(straight.shape)
+    change: Array = np.sqrt(straight * bent)
+    change *= 2.0
+    change *= z
+    np.square(z, out=z)
+    z -= 1.0
+    z *= bent
+    change += z
+    change *= 6.0 / (math.pi**2 * np.sqrt(blocks))
+    change += straight
+    change += bent
+    return np.maximum(change, 0.0, out=change)
 
 
 def block_length(

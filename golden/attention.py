@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -129,14 +130,15 @@ def attend(
     exps = observe("unnormalised_weights", exps)
     weights = np.divide(exps, total, out=np.zeros_like(exps), where=total != 0)
     weights = observe("weights", weights)
+    squares = functools.cache(lambda: _mix(np.square(weights), _squared(v), visible))
     output = observe(
         "attn",
         _mix(weights, v, visible),
         Accumulation(
             kv_len,
-            lambda: _mix(np.square(weights), _squared(v), visible),
+            squares,
             lambda: seen() if v.all() else _terms(np.broadcast_to(visible, weights.shape), v),
-            lambda: _but_the_largest(weights, v),
+            lambda: _but_the_largest(weights, v, squares()),
             terms=lambda: (
                 _mix(weights[..., key], v[:, :, key], visible[..., key]) for key in _each(kv_len)
             ),
@@ -207,14 +209,14 @@ def _terms(visible: BoolArray, v: Array) -> Array:
     return grouped_matmul(visible.astype(np.float64), (v != 0).astype(np.float64))
 
 
-def _but_the_largest(weights: Array, v: Array) -> Array:
+def _but_the_largest(weights: Array, v: Array, squares: Array) -> Array:
     """Return the root of the sum of squared terms without that of a row's largest weight."""
     group = weights.shape[1] // v.shape[1]
     heads = np.arange(weights.shape[1])[None, :, None] // group
     foremost = weights.argmax(axis=-1)
     value = v[np.arange(len(v))[:, None, None], heads, foremost]
     weight = np.take_along_axis(weights, foremost[..., None], axis=-1)
-    rest = grouped_matmul(np.square(weights), np.square(v)) - np.square(weight * value)
+    rest = squares - np.square(weight * value)
     root: Array = np.sqrt(np.maximum(rest, 0.0))
     return root
 

@@ -59,6 +59,15 @@ class Format:
         odd = (bits >> np.uint64(drop)) & np.uint64(1)
         return self._cut(x, bits + (odd + np.uint64((1 << (drop - 1)) - 1)), np.rint)
 
+    def holds(self, x: Array) -> NDArray[np.bool_]:
+        """Tell which values are of the format: those that `nearest` leaves as they are."""
+        drop = _SIGNIFICAND_BITS - (self.precision - 1)
+        cut = np.uint64((1 << drop) - 1)
+        held: NDArray[np.bool_] = (np.ascontiguousarray(x).view(np.uint64) & cut) == 0
+        if held.any():  # beyond the range of the format other bits count
+            held[held] = self.nearest(x[held]) == x[held]
+        return held
+
     def stochastic(self, x: Array, rng: np.random.Generator, *, margin: float = 0.0) -> Array:
         """Round down or up at random.
 
@@ -102,10 +111,12 @@ class Format:
         drop = _SIGNIFICAND_BITS - (self.precision - 1)
         rounded: Array = (bits & ~np.uint64((1 << drop) - 1)).view(np.float64)
         magnitude = np.abs(x)
-        tiny = magnitude < 2.0**self.min_exponent
-        if tiny.any():
+        if not magnitude.min(initial=np.inf) >= 2.0**self.min_exponent:
+            tiny = magnitude < 2.0**self.min_exponent
             gap = 2.0 ** (self.min_exponent - (self.precision - 1))
             rounded[tiny] = whole(x[tiny] / gap) * gap
+        if magnitude.max(initial=0.0) <= self.largest / 2:  # rounding at most doubles it
+            return rounded
         over = np.abs(rounded) > self.largest
         if over.any():
             rounded[over] = np.copysign(np.inf, x[over])

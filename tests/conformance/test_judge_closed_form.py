@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from conformance.cases import Case, Workload
-from conformance.closed_form import closed_form, rounding_variance
+from conformance.closed_form import closed_form
 from conformance.directions import directions
 from conformance.error_model import MANY_RUNS, predict_scale
 from conformance.expected import reference
 from conformance.inputs import CoreInputs, draw_core
 from conformance.precision import profile_named
+from conformance.stored_variance import rounding_variance
 from golden import FORMATS, AttentionConfig
 
 CONFIGS = {

@@ -101,13 +101,14 @@ def test_long_case_passes_correct_kernels_and_fails_wrong_ones() -> None:
     assert lost["row spread"].where[2] == 100
 
 
-def test_short_way_is_for_long_cases_of_coarse_outputs_alone() -> None:
+def test_short_way_is_for_long_cases_without_repeats_or_claimed_orders() -> None:
     inputs, claims = draw_core(CASE), profile_named("flash", "bfloat16")
     assert not sampled_rows.is_long(CASE, inputs, claims)
     with mock.patch.object(sampled_rows, "LONG", 1):
         assert sampled_rows.is_long(CASE, inputs, claims)
         assert not sampled_rows.is_long(replace(CASE, regime="integers"), inputs, claims)
-        assert not sampled_rows.is_long(CASE, inputs, profile_named("flash", "float32"))
+        assert sampled_rows.is_long(CASE, inputs, profile_named("flash", "float32"))
+        assert not sampled_rows.is_long(CASE, inputs, profile_named("in-sequence", "float32"))
 
 
 def test_disagreement_takes_the_long_way() -> None:
