@@ -107,7 +107,7 @@ def judge_output(
         scope=case.scope,
         profile=profile,
         serves=case.scope == "layer",
-        backward=(lambda *_: observed) if isinstance(observed, Mapping) else None,
+        backward=(lambda *_: observed) if case.workload.backward else None,
     )
     return judge_case(case, subject, alarms=alarms, cache=cache_in(None))
 

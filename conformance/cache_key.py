@@ -44,7 +44,11 @@ def source_digest(folders: tuple[Path, ...] | None = None) -> str:
     if folders is None:
         folders = (Path(golden.__file__).parent, Path(__file__).parent)
     found = hashlib.sha256()
-    modules = [(path.name, path) for folder in folders for path in sorted(folder.glob("*.py"))]
+    modules = [
+        (path.relative_to(folder).as_posix(), path)
+        for folder in folders
+        for path in sorted(folder.rglob("*.py"))
+    ]
     if not modules:
         raise UsageError(f"folders must hold Python source, got none in {folders}")
     for name, path in modules:

@@ -202,6 +202,11 @@ def run(
         raise _Failure("the session ended before every case was judged; its output is above")
     found = read_results(results)
     _console.print(summary_table(found))
+    if len(found.cases) < total:
+        raise _Failure(
+            f"{total - len(found.cases)} of {total} cases left no record: a process died while "
+            "judging them, or the judge failed; run with --jobs 1 to see which"
+        )
     _print_failures(found)
     _console.print(f"results: {results}\nreport:  {report}", highlight=False)
     if all(case.verdict == "UNSUPPORTED" for case in found.cases):

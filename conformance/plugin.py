@@ -91,12 +91,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("auto", "on", "off"),
         default="auto",
         help="call the subject again with changes that must change no bit (default: auto, for "
-        "features, serving and core beyond the smoke tier)",
+        "features, serving, core and gradients beyond the smoke tier)",
     )
     group.addoption(
         "--defects",
         action="store_true",
-        help="also run the known defects on each core case and record those it would not reject",
+        help="also run the known defects on each forward core case on one rank and record those it "
+        "would not reject",
     )
     group.addoption(
         "--cache-dir",
@@ -209,7 +210,9 @@ class _Recorder:
         from reports.html import write_report
         from reports.records import Results
 
-        environment = describe_environment(self._config, self._started, len(self._records))
+        plan = self._config.stash.get(_RESOLVED, None)
+        planned = len(self._records) if plan is None else len(plan.pairs)
+        environment = describe_environment(self._config, self._started, planned)
         names = subject_names(self._config)
         records = sorted(self._records, key=lambda r: (names.index(r.subject), r.suite, r.case_id))
         if results:
@@ -218,19 +221,19 @@ class _Recorder:
             write_report(Results(environment=environment, cases=tuple(records)), Path(report))
 
 
-def describe_environment(config: pytest.Config, started: float, judged: int) -> dict[str, Any]:
+def describe_environment(config: pytest.Config, started: float, planned: int) -> dict[str, Any]:
     """Return what a reader needs to know about the machine and the run.
 
     Args:
         config: the session's options.
         started: when it began, seconds since the epoch.
-        judged: number of cases.
+        planned: number of cases that share the chance of a false alarm.
     """
     from impl.devices import environment_report
 
     report = environment_report()
     rate = config.getoption("false_alarm_rate")
-    alarms = FalseAlarms(rate=rate, cases=config.getoption("cases_in_run") or max(judged, 1))
+    alarms = FalseAlarms(rate=rate, cases=config.getoption("cases_in_run") or max(planned, 1))
     return {
         "command": os.environ.get("ATTN_CONFORMANCE_COMMAND", shlex.join(_command_line())),
         "subject": ", ".join(subject_names(config)),

@@ -117,7 +117,8 @@ class ScaleCache:
         path = self.folder / f"{key}{_SUFFIX}"
         try:
             found: Found = unpack(key, path.read_bytes())
-            os.utime(path)
+            with contextlib.suppress(OSError):  # a folder that only others may write to
+                os.utime(path)
             return found
         except (FileNotFoundError, NotADirectoryError):
             pass

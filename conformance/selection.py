@@ -24,6 +24,7 @@ SUITES = ("features", "serving", "core", "gradients", "presets")
 PARALLEL = "parallel"
 """Suite of `impl` on real ranks: the same in every tier, judged where it is asked for."""
 
+_CLAIMED_ON_RANKS = "native"
 _ON_RANKS = re.compile(r"[^/]+/tp\d+[^/]*/[^/]+")
 
 
@@ -114,3 +115,7 @@ def _on_ranks(subject: Subject) -> list[ParallelWorkload]:
 def _check_runs_on_ranks(subject: Subject) -> None:
     if subject.name != "impl":
         raise UsageError(f"suite {PARALLEL} must have the subject impl, got {subject.name}")
+    if subject.profile != _CLAIMED_ON_RANKS:
+        raise UsageError(
+            f"profile must be {_CLAIMED_ON_RANKS} for suite {PARALLEL}, got {subject.profile}"
+        )

@@ -26,16 +26,16 @@ def judged_defects(case: Case, *, alpha: float = FALSE_ALARM_RATE) -> Iterator[t
     """Yield every defect that applies to a case, with why it would pass, empty if it would not.
 
     Args:
-        case: of scope `core`, as the catalogue's kernels are.
+        case: of scope `core`, as the catalogue's kernels are, and forward.
         alpha: chance that a correct subject fails the case, by which its limits are drawn.
 
     Raises:
-        UsageError: the case is of another scope.
+        UsageError: the case is another.
     """
-    if case.scope != "core":
+    if not _runs_on(case):
         raise UsageError(
-            f"case must be of scope 'core' to run known defects on it, got {case.id}; its id "
-            "starts with core-"
+            "case must be of scope 'core' and not backward to run known defects on it, got "
+            f"{case.id}; its id starts with core-"
         )
     one = prepare(case)
     problem = problem_of(case, one.inputs)
@@ -56,7 +56,11 @@ def judged_defects(case: Case, *, alpha: float = FALSE_ALARM_RATE) -> Iterator[t
 
 
 def undetected(case: Case, *, alpha: float = FALSE_ALARM_RATE) -> dict[str, str]:
-    """Return the defects that a case is vacuous for, by id, with why; none beyond scope `core`."""
-    if case.scope != "core":
+    """Return the defects that a case is vacuous for, by id, with why; none where none can run."""
+    if not _runs_on(case):
         return {}
     return {defect.id: why for defect, why in judged_defects(case, alpha=alpha) if why}
+
+
+def _runs_on(case: Case) -> bool:
+    return case.scope == "core" and not case.workload.backward

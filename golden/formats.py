@@ -60,7 +60,7 @@ class Format:
         return self._cut(x, bits + (odd + np.uint64((1 << (drop - 1)) - 1)), np.rint)
 
     def holds(self, x: Array) -> NDArray[np.bool_]:
-        """Tell which values are of the format: those that `nearest` leaves as they are."""
+        """Tell which values are of the format: those that `nearest` leaves as they are, but NaN."""
         drop = _SIGNIFICAND_BITS - (self.precision - 1)
         cut = np.uint64((1 << drop) - 1)
         held: NDArray[np.bool_] = (np.ascontiguousarray(x).view(np.uint64) & cut) == 0

@@ -197,8 +197,8 @@ class Capture:
         unknown = sorted(self.only - known)
         if unknown:
             raise ValueError(
-                f"only must name stages of golden.STAGES, got {', '.join(unknown)}; "
-                f"known stages are {', '.join(STAGES)}"
+                "only must name stages of golden.STAGES, CALL_STAGES or GRADIENT_STAGES, got "
+                f"{', '.join(unknown)}; known stages are {', '.join(sorted(known))}"
             )
 
     def __call__(

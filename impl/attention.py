@@ -355,7 +355,8 @@ class NeuronAttentionBase(AttentionLayer):
             cache_layout = kv_mgr.layout(cache_arguments["idx"])
             ids = cache_arguments.get("seq_ids")
             if encodes and ids is not None:
-                owners = kv_mgr.owners(ids)
+                sequences = hidden_states if packing is None else packing.num_queries
+                owners = kv_mgr.owners(ids, sequences.shape[0])
                 idle = owners[:, None] < 0
                 if packing is not None:
                     idle = before.given(packing.of_tokens(idle[:, 0], seq_len)[None], 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from impl.attention_inputs import Norm
@@ -24,6 +23,7 @@ from impl.output import NeuronAttentionBaseOutput
 from impl.slot_positions import SlotLayout
 from impl.step import Phase, StepInputs
 from impl.strategy import Implementation, KernelChoice, resolve_block_kernel
+from impl.training import trains
 
 
 class AttentionBlock(AttentionOutput):
@@ -172,7 +172,7 @@ class AttentionBlock(AttentionOutput):
             use_polar_compatible_rope=polar,
             rotary_dim=None if cos is None else cos.shape[-1] * (2 if polar else 1),
             cache_layout=step.cache_layout,
-            trains=torch.is_grad_enabled() and _trains(hidden_states, weights),
+            trains=trains(hidden_states, k_cache, v_cache, *_tensors(weights)),
             device_type=hidden_states.device.type,
         )
         arguments: dict[str, Any] = {
@@ -203,6 +203,8 @@ class AttentionBlock(AttentionOutput):
         )
 
 
-def _trains(hidden_states: Tensor, weights: BlockWeights) -> bool:
-    """Whether the input or a projection wants gradients."""
-    return any(x.requires_grad for x in (hidden_states, weights.qkv, weights.output))
+def _tensors(weights: BlockWeights) -> list[Tensor | None]:
+    """All tensors of the weights, those of the norms among them."""
+    norms = (weights.input_norm, weights.q_norm, weights.k_norm)
+    given = (weights.qkv, weights.output, weights.qkv_bias, weights.output_bias, weights.sink)
+    return [*given, *(None if norm is None else norm.weight for norm in norms)]

@@ -25,6 +25,7 @@ from impl.slot_positions import (
 )
 from impl.step import Phase, StepInputs
 from impl.strategy import Implementation, resolve_decode_kernel
+from impl.training import trains
 
 
 class AttentionCore(AttentionSetup):
@@ -76,7 +77,7 @@ class AttentionCore(AttentionSetup):
             q.shape[2],
             attention_mask is not None or self.prefill_rule.limited,
             explicit_mask=attention_mask is not None and attention_mask.dim() == 4,
-            trains=torch.is_grad_enabled() and q.requires_grad,
+            trains=trains(q, k, v, self.get_learned_sinks(is_prefill_stage=True)),
             device_type=q.device.type,
         )
         return self._own_queries(q, k, v, choice.implementation, attention_mask, position_ids)
@@ -175,7 +176,7 @@ class AttentionCore(AttentionSetup):
             prior=True,
             prior_in_order=attention_mask is None
             and isinstance(cache_layout or self.cache_layout, ContiguousSlots),
-            trains=torch.is_grad_enabled() and q.requires_grad,
+            trains=trains(q, k, v, *past_key_value, self.get_learned_sinks(is_prefill_stage=True)),
             device_type=q.device.type,
         )
         prior = self._gathered_prior(past_key_value, held, owners)

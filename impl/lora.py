@@ -143,8 +143,9 @@ class LayerLora(nn.ModuleDict):
     ) -> None:
         width, hidden = options.width, options.hidden_size
         self._prefixes = ("", "") if decode is None else ("tkg_", "cte_")
+        parts = {"": prefill} if decode is None else {"tkg_": decode, "cte_": prefill}
         made, slots = dict[str, nn.Module](), dict[str, tuple[str, Slots]]()
-        for heads, prefix in zip((decode or prefill, prefill), self._prefixes, strict=True):
+        for prefix, heads in parts.items():
             for target in config.target_modules:
                 held = heads.query if target in ("q_proj", "o_proj") else heads.key_value
                 sizes = (input_size, len(held) * width)

@@ -219,6 +219,15 @@ def update_arguments(
                     None if table is None else "a cache without blocks",
                 )
             )
+        sequences = packing.num_queries.shape[0]
+        if table.shape[0] != sequences:
+            raise ShapeError(
+                explain(
+                    "active_block_table",
+                    f"have a row for each of {sequences} packed sequences",
+                    tuple(table.shape),
+                )
+            )
         tables = packing.of_tokens(table, position_ids.shape[1])
         slots = slot_mapping(tables, position_ids.T, run.pa_block_size).T
     if kept is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from impl.errors import ShapeError, explain
 from impl.precision import compute_dtype
+from impl.training import trains
 
 PIECE = 1 << 18
 """Elements that are rotated at a time: with their float32 copies they fit a core's cache."""
@@ -37,10 +38,16 @@ def apply_rotary_pos_emb(
         The rotated q and k, in the dtypes they came in.
     """
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    return _rotate_half(q, cos, sin), _rotate_half(k, cos, sin)
+    tokens = _token_axis(unsqueeze_dim)
+    return _rotate_half(q, cos, sin, tokens), _rotate_half(k, cos, sin, tokens)
 
 
-def _rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _token_axis(heads: int) -> int:
+    """Axis of the tokens in four, given that of the heads."""
+    return 2 if heads in (1, -3) else 1
+
+
+def _rotate_half(x: Tensor, cos: Tensor, sin: Tensor, tokens: int) -> Tensor:
     dtype, rotary_dim = compute_dtype(x.dtype), cos.shape[-1]
     tables = (half for t in (cos, sin) for half in t.to(dtype).chunk(2, dim=-1))
     turn = _Turn(*tables)
@@ -49,7 +56,7 @@ def _rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return y[..., :rotary_dim].chunk(2, dim=-1)
 
     if _goes_by_pieces(x):
-        return _in_pieces(x, turn, parts, rotary_dim)
+        return _in_pieces(x, turn, parts, rotary_dim, tokens)
     turned = torch.cat(turn(*parts(x[..., :rotary_dim].to(dtype))), dim=-1)
     return _with_rest(turned.to(x.dtype), x, rotary_dim)
 
@@ -76,17 +83,18 @@ def apply_rotary_polar_compatible(
         if value.dtype not in (torch.float32, torch.float64):
             raise ShapeError(explain(name, "be float32 for the interleaved form", value.dtype))
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    return _rotate_pairs(q, cos, sin), _rotate_pairs(k, cos, sin)
+    tokens = _token_axis(unsqueeze_dim)
+    return _rotate_pairs(q, cos, sin, tokens), _rotate_pairs(k, cos, sin, tokens)
 
 
-def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, tokens: int) -> Tensor:
     rotary_dim, turn = 2 * cos.shape[-1], _Turn(cos, cos, sin, sin)
 
     def parts(y: Tensor) -> tuple[Tensor, ...]:
         return y[..., :rotary_dim].reshape(*y.shape[:-1], rotary_dim // 2, 2).unbind(dim=-1)
 
     if _goes_by_pieces(x):
-        return _in_pieces(x, turn, parts, rotary_dim)
+        return _in_pieces(x, turn, parts, rotary_dim, tokens)
     turned = torch.stack(turn(*parts(x[..., :rotary_dim].to(cos.dtype))), dim=-1).flatten(-2)
     return _with_rest(turned.to(x.dtype), x, rotary_dim)
 
@@ -115,13 +123,16 @@ def _goes_by_pieces(x: Tensor) -> bool:
     Each operator goes through all of its operands, so a long sequence would travel through memory
     six times, while pieces stay in the cache; compilers fuse the operators instead.
     """
-    trained = torch.is_grad_enabled() and x.requires_grad
     eager = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    return x.numel() > PIECE and eager and not trained
+    return x.numel() > PIECE and eager and not trains(x)
 
 
 def _in_pieces(
-    x: Tensor, turn: _Turn, parts: Callable[[Tensor], tuple[Tensor, ...]], rotary_dim: int
+    x: Tensor,
+    turn: _Turn,
+    parts: Callable[[Tensor], tuple[Tensor, ...]],
+    rotary_dim: int,
+    tokens: int,
 ) -> Tensor:
     """Rotate some tokens at a time, to the bits of all at once: an element rests on one token.
 
@@ -130,9 +141,9 @@ def _in_pieces(
         turn: the rotation, of tables broadcastable to the parts.
         parts: views of the first channels of pairs, and of the second.
         rotary_dim: channels from here on do not turn.
+        tokens: axis of the tokens.
     """
-    tokens = 2 if turn.first_cos.shape[2] > 1 else 1
-    length = turn.first_cos.shape[tokens]
+    length = x.shape[tokens]
     step = max(1, PIECE * length // x.numel())
     out = torch.empty_like(x)
     out[..., rotary_dim:] = x[..., rotary_dim:]

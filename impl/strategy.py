@@ -39,7 +39,7 @@ KERNEL_FIELDS = (
     "qkv_nki_kernel_enabled",
 )
 
-# Those of them for which a kernel is bound, in `impl.kernels.nki`.
+# Those of them for which a kernel is bound, in `impl.kernels.nki` and `nki_block`.
 BOUND_FIELDS = ("attn_kernel_enabled", "attn_block_tkg_nki_kernel_enabled")
 
 

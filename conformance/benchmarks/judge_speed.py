@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 
 import golden
@@ -31,6 +30,7 @@ from conformance.runner import judge_case
 from conformance.scale_cache import ScaleCache
 from conformance.subjects import Subject
 from conformance.tensors import Tensors
+from conformance.terminal import console
 from golden.blockwise import attend_blockwise
 
 TARGET = 4.0
@@ -59,10 +59,10 @@ def run(json_path: Path | None, quick: bool, *, page: Path | None = None) -> Non
         quick: short lengths and one turn: shows that it works, not how fast it is.
         page: Markdown page whose table to renew; None renews nothing.
     """
-    console = Console()
+    output = console()
     length = 64 if quick else LENGTH
     figures: list[Figure] = []
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=output, transient=True) as progress:
         task = progress.add_task("judge", total=len(LAYERS) * len(CLAIMS))
         for dtype, profile in CLAIMS:
             rounds = 1 if quick else 5
@@ -71,13 +71,13 @@ def run(json_path: Path | None, quick: bool, *, page: Path | None = None) -> Non
                 at = f"judge/{profile}/{dtype}/s{length}/{name}"
                 figures += verdict(at, case, profile, rounds)
                 progress.advance(task)
-    console.print(table("a verdict over golden alone", figures))
+    output.print(table("a verdict over golden alone", figures))
     if json_path is not None:
         write_json(json_path, figures)
-        console.print(f"wrote {json_path}")
+        output.print(f"wrote {json_path}")
     if page is not None:
         write_measured(page, page_table(figures))
-        console.print(f"wrote {page}")
+        output.print(f"wrote {page}")
 
 
 def verdict(at: str, case: Case, profile: str, rounds: int) -> list[Figure]:

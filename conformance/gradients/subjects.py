@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conformance.observed import Malformed
 from conformance.subjects.base import (
     CoreCall,
     GradientCall,
     LayerCall,
     LayerOutput,
     Subject,
-    Unsupported,
 )
 
 
@@ -27,7 +27,7 @@ def gradients_of(subject: Subject, call: GradientCall) -> Mapping[str, Tensor]:
         call: the call and the cotangent of its output.
 
     Raises:
-        Unsupported: its output has no gradient.
+        Malformed: its output has no gradient, though it claims one by autograd.
     """
     if callable(subject.backward):
         return subject.backward(call.forward, call.d_output)
@@ -37,7 +37,10 @@ def gradients_of(subject: Subject, call: GradientCall) -> Mapping[str, Tensor]:
         returned = subject.function(_with(call.forward, {n: t.clone() for n, t in leaves.items()}))
         output = returned.output if isinstance(returned, LayerOutput) else returned
         if not (isinstance(output, Tensor) and output.requires_grad):
-            raise Unsupported(f"{subject.name} returns an output without a gradient")
+            raise Malformed(
+                "output must have a gradient, since backward='autograd' is claimed, got none; is "
+                "it detached, or computed under no_grad?"
+            )
         found = torch.autograd.grad(output, list(leaves.values()), call.d_output, allow_unused=True)
     return {
         name: torch.zeros_like(leaf) if gradient is None else gradient

@@ -16,6 +16,9 @@ from conformance.scale_cache import ScaleCache
 from conformance.subjects import Subject
 from conformance.undetected import undetected
 
+_HELD = ("features", "serving", "core", "gradients")
+"""Suites whose cases are held to the exact rules unless an option says otherwise."""
+
 
 def test_subject_conforms(
     case: Case | ParallelWorkload,
@@ -30,9 +33,7 @@ def test_subject_conforms(
     else:
         option = request.config.getoption("exact_rules")
         beyond_smoke = request.config.getoption("tier") != "smoke"
-        exact = option == "on" or (
-            option == "auto" and beyond_smoke and case.suite in ("features", "serving", "core")
-        )
+        exact = option == "on" or (option == "auto" and beyond_smoke and case.suite in _HELD)
         record = judge_case(case, subject, alarms=alarms, exact_rules=exact, cache=scale_cache)
         if request.config.getoption("defects") and record.verdict != "UNSUPPORTED":
             record = replace(record, undetected=undetected(case, alpha=alarms.per_case))

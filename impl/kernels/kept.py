@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from impl.training import trains
+
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -52,5 +54,5 @@ def _bits(values: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_bits(values: Tensor) -> bool:
-    trained = torch.is_grad_enabled() and values.requires_grad
-    return values.device.type == "cpu" and not trained and not torch.compiler.is_compiling()
+    eager = values.device.type == "cpu" and not torch.compiler.is_compiling()
+    return eager and not trains(values)

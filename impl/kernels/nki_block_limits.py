@@ -45,8 +45,9 @@ MAX_QKV_WIDTH = 4096
 def has_free_tail(layout: SlotLayout, slots: int, q_len: int) -> bool:
     """Whether no step of `q_len` tokens that the cache can hold reads its last `q_len` slots.
 
-    Contiguous and chunk caches fill from slot 0, and the step's tokens still fit. A ring does not
-    end: it needs `q_len` slots beside it, as `impl.kv_cache.plan.kernel_cache_slots` leaves one.
+    Contiguous and chunk caches fill from slot 0, and the step's tokens still fit. (A row padded to
+    `q_len` tokens may begin later: so near the end it comes out as NaN.) A ring does not end: it
+    needs `q_len` slots beside it, as `impl.kv_cache.plan.kernel_cache_slots` leaves one.
 
     Args:
         layout: the kind of cache.

@@ -113,11 +113,12 @@ class KVCacheManager(nn.Module):
         lines = self._lines(seq_ids, position_ids)
         return position_ids.to(torch.int64).masked_fill(lines[:, None] < 0, -1)
 
-    def owners(self, seq_ids: Tensor) -> Tensor:
+    def owners(self, seq_ids: Tensor, batch: int) -> Tensor:
         """Which data-parallel rank keeps each sequence.
 
         Args:
             seq_ids: `(batch,)`, integer.
+            batch: sequences of the step.
 
         Returns:
             `(batch,)`, int64; negative for a sequence that none keeps.
@@ -125,8 +126,7 @@ class KVCacheManager(nn.Module):
         Raises:
             ShapeError: ids of another shape or dtype.
         """
-        count = seq_ids.shape[0] if seq_ids.dim() else 0
-        every = cache_lines(seq_ids, count, self.lines * self.dp_degree, seq_ids.device)
+        every = cache_lines(seq_ids, batch, self.lines * self.dp_degree, seq_ids.device)
         return torch.div(every, self.lines, rounding_mode="floor")
 
     def get_kv_by_layer_id(

@@ -6,6 +6,7 @@ They change the call, or patch the one function of `impl` that they break while 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import impl.attention_rotary
 from conformance.cases import Case
-from conformance.subjects import LayerCall, LayerOutput, subject
+from conformance.subjects import CoreCall, LayerCall, LayerOutput, subject
 from conformance.subjects.impl import attention_layer
 from impl.kernels import native
 from impl.rotation import apply_rotary_polar_compatible
@@ -119,6 +120,14 @@ def zeros(call: LayerCall) -> LayerOutput:
         k_cache=torch.zeros_like(k_cache),
         v_cache=torch.zeros_like(k_cache),
     )
+
+
+@subject(scope="core", profile="flash")
+def dies_in_half(call: CoreCall) -> Tensor:
+    """The process ends with the first call in float16, as by a fault of memory."""
+    if call.q.dtype == torch.float16:
+        os._exit(9)
+    return torch.zeros_like(call.q)
 
 
 def _window_bites(case: Case) -> bool:

@@ -291,6 +291,11 @@ def test_two_processes_give_the_records_that_one_gives() -> None:
     assert {case.case_id for case in alone} == set(ids)
 
 
+def test_ranks_are_judged_by_one_profile() -> None:
+    sentence = refused("run", "--suite", "parallel", "--profile", "eager")
+    assert sentence == "profile must be native for suite parallel, got eager"
+
+
 def test_core_kernels_run_by_their_module_and_name() -> None:
     result = run_case("variants:native_kernel", CORE)
     assert result.exit_code == 0, result.output

@@ -177,11 +177,13 @@ def test_a_subject_without_a_backward_claims_no_gradients() -> None:
     assert record.features == ("gradients", "gradients: GQA + learned sinks")
 
 
-def test_an_output_without_a_gradient_is_not_claimed_and_a_wrong_claim_is_refused() -> None:
+def test_an_output_without_the_claimed_gradient_is_malformed_and_a_wrong_claim_is_refused() -> None:
     detached = Subject(
         name="detached", function=lambda call: dense.eager(call).detach(), backward="autograd"
     )
-    assert "without a gradient" in judge_case(parse(GROUPED), detached).reason
+    record = judge_case(parse(GROUPED), detached)
+    assert record.verdict == "MALFORMED"
+    assert "output must have a gradient" in record.reason
     with pytest.raises(UsageError, match="backward must be 'autograd' or a function, got 'jax'"):
         subject(backward="jax")(dense.eager)
 

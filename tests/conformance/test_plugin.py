@@ -18,6 +18,11 @@ UNCLAIMED = "h256-hq8-hkv8-d32-sinks-chunk32/cte-bf16-b1-q40-gaussian-seed0"
 
 
 def run_pytest(directory: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = ["-m", "pytest", "--pyargs", "conformance.suites"]
+    return run_python(directory, *command, "-p", "no:cacheprovider", *options)
+
+
+def run_python(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         name: value
@@ -25,9 +30,8 @@ def run_pytest(directory: Path, *options: str) -> subprocess.CompletedProcess[st
         if not name.startswith(("PYTEST_", "ATTN_CONFORMANCE_"))
     }
     environment |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "--pyargs", "conformance.suites"]
     return subprocess.run(
-        [*command, "-p", "no:cacheprovider", *options],
+        [sys.executable, *arguments],
         cwd=directory,
         env=environment,
         capture_output=True,
@@ -74,3 +78,19 @@ def test_bad_options_end_the_run_before_any_case_and_name_the_reason(tmp_path: P
     assert done.returncode in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.USAGE_ERROR)
     assert "subject 'no_such_module:kernel' does not import" in done.stdout + done.stderr
     assert "passed" not in done.stdout
+
+
+def test_a_case_that_ends_its_process_is_missed(tmp_path: Path) -> None:
+    cases = [
+        f"core-h64-hq4-hkv2-d16/cte-{dtype}-b1-q9-gaussian-seed0" for dtype in ("bf16", "fp16")
+    ]
+    done = run_python(
+        tmp_path,
+        *("-c", "from conformance.cli import main; main()", "run", "-j", "2"),
+        *("--subject", "planted:dies_in_half"),
+        *(word for case in cases for word in ("--case", case)),
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "1 of 2 cases left no record" in done.stderr
+    (case,) = read_results(tmp_path / "results.jsonl").cases
+    assert case.case_id == cases[0]

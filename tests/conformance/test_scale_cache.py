@@ -116,7 +116,8 @@ def test_a_key_tells_case_inputs_profile_runs_and_source_apart(tmp_path: Path) -
     with pytest.raises(TypeError, match="made of data, got function"):
         content_key(case, test_a_key_tells_case_inputs_profile_runs_and_source_apart)
 
-    module = tmp_path / "rounding.py"
+    module = tmp_path / "caches" / "rounding.py"
+    module.parent.mkdir()
     module.write_text("a = 1\n")
     before = source_digest((tmp_path,))
     source_digest.cache_clear()

@@ -205,3 +205,19 @@ def test_a_row_that_is_no_packing_is_refused(
     made = layer(run=run, **features)
     with pytest.raises(error, match=words):
         made(**{"hidden_states": tokens(3, batch=1), **call})
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"seq_ids": torch.tensor([0, 1])}, "seq_ids"),
+        ({"active_block_table": TABLES[:1]}, "have a row for each of 4 packed sequences"),
+    ],
+    ids=["ids of other sequences", "one table for all"],
+)
+def test_what_names_sequences_names_each_of_them(changed: dict[str, Tensor], sentence: str) -> None:
+    made = layer(run={**RUN, **PAGES}, rotary_emb=RotaryEmbedding(WIDTH))
+    manager = KVCacheManager(made.config)
+    call = {"kv_mgr": manager, "idx": 0, "update_kv_per_layer": True, "active_block_table": TABLES}
+    with pytest.raises(ShapeError, match=sentence):
+        made(tokens(9, batch=1), **packing([5, 1, 3, 0], [0, 0, 0, 0]), **{**call, **changed})

@@ -328,6 +328,7 @@ def test_positions_of_other_axes_are_refused(section: list[int] | None) -> None:
 
 
 @pytest.mark.parametrize("unsqueeze_dim", [1, 2])
+@pytest.mark.parametrize("seq_len", [1, 7])
 @pytest.mark.parametrize("rotary_dim", [8, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rotate", [apply_rotary_pos_emb, apply_rotary_polar_compatible])
@@ -335,16 +336,19 @@ def test_tokens_rotated_in_pieces_keep_every_bit(
     rotate: Any,
     dtype: torch.dtype,
     rotary_dim: int,
+    seq_len: int,
     unsqueeze_dim: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     polar = rotate is apply_rotary_polar_compatible
     width = rotary_dim // 2 if polar else rotary_dim
-    cos, sin = torch.randn(2, 2, 7, width).to(torch.float32 if polar else dtype)
-    q, k = torch.randn(2, 2, 7, 3, 8).to(dtype)
+    cos, sin = torch.randn(2, 2, seq_len, width).to(torch.float32 if polar else dtype)
+    q, k = torch.randn(2, 2, seq_len, 3, 8).to(dtype)
     if unsqueeze_dim == 1:
         q, k = q.transpose(1, 2), k.transpose(1, 2)
     whole = rotate(q, k, cos, sin, unsqueeze_dim)
-    monkeypatch.setattr(rotation, "PIECE", 2 * 2 * 3 * 8)  # two tokens, one at the end
+    monkeypatch.setattr(rotation, "PIECE", 2 * 2 * 3 * 8 if seq_len > 1 else 1)  # two, one at last
     pieces = rotate(q, k, cos, sin, unsqueeze_dim)
     assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
+    with pytest.raises(RuntimeError):  # a table that is too short is no rotation
+        rotate(q, k, cos[:, : seq_len - 1], sin[:, : seq_len - 1], unsqueeze_dim)

@@ -3,9 +3,9 @@ from typing import Any
 
 import pytest
 import torch
-from impl_layers import layer
+from impl_layers import WIDTH, layer, positions, tokens
 
-from impl import ConfigError, get_flash_attention_strategy
+from impl import ConfigError, RotaryEmbedding, get_flash_attention_strategy
 from impl import FlashAttentionStrategy as S
 from impl.strategy import NATIVE_LENGTHS, Implementation, resolve_kernel
 
@@ -176,3 +176,24 @@ def test_pytorchs_attention_gets_only_what_it_can_express(
 ) -> None:
     choice = layer(**features).kernel_choice(NATIVE_LENGTHS, **call)
     assert choice.implementation is (Implementation.SDPA if plain else Implementation.FLASH)
+
+
+@pytest.mark.parametrize("trained", ["q", "k", "v"])
+def test_a_layer_trains_whichever_of_its_projections_does(
+    trained: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = layer(dtype=torch.bfloat16, rotary_emb=RotaryEmbedding(WIDTH)).requires_grad_(False)
+    getattr(made.qkv_proj, f"{trained}_proj").requires_grad_(True)
+    asked = []
+    choose = type(made).kernel_choice
+
+    def choice(self: Any, *given: Any, **named: Any) -> Any:
+        asked.append(named["trains"])
+        return choose(self, *given, **named)
+
+    monkeypatch.setattr(type(made), "kernel_choice", choice)
+    hidden = tokens(6).to(torch.bfloat16)
+    with torch.enable_grad():
+        made(hidden, position_ids=positions(6))
+    made(hidden, position_ids=positions(6))
+    assert asked == [True, False]

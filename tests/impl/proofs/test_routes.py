@@ -31,7 +31,6 @@ ELSEWHERE = {
         "strategy._with_context_parallelism",
     },
     "backward: test_gradients.py, test_impl_kernels_flash.py, test_impl_attention_block.py": {
-        "attention_block._trains",
         "kernels.flash_function.FlashAttention.backward",
         "kernels.flash_function._KeyGradients.of",
         "kernels.flash_function._KeyGradients.zeros",
