@@ -198,7 +198,8 @@ class Capture:
         if unknown:
             raise ValueError(
                 "only must name stages of golden.STAGES, CALL_STAGES or GRADIENT_STAGES, got "
-                f"{', '.join(unknown)}; known stages are {', '.join(sorted(known))}"
+                f"{', '.join(unknown)}; known stages are "
+                f"{', '.join((*STAGES, *CALL_STAGES, *GRADIENT_STAGES))}"
             )
 
     def __call__(

@@ -242,3 +242,9 @@ def test_every_backward_case_of_a_published_layer_can_be_named() -> None:
     case = parse("gpt-oss-20b.sliding/cte-bf16-h256-b1-q9-backward-gaussian-seed0")
     assert isinstance(case, Case)
     assert "sinks" in gradient_names(case)
+
+
+def test_an_output_in_place_of_gradients_is_malformed() -> None:
+    record = judge_output(torch.zeros(1), GROUPED, profile="flash")
+    assert record.verdict == "MALFORMED"
+    assert "a backward must return a mapping, got Tensor" in record.reason

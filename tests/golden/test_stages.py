@@ -310,7 +310,8 @@ def test_two_captures_share_nothing() -> None:
 
 def test_capture_names_the_stages_it_does_not_know() -> None:
     message = (
-        "only must name stages of golden.STAGES, got softmax, wq; known stages are q_product, "
+        "only must name stages of golden.STAGES, CALL_STAGES or GRADIENT_STAGES, got softmax, wq; "
+        "known stages are q_product, "
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         Capture(frozenset({"wq", "softmax", "qk"}))
