@@ -5,7 +5,7 @@ import pytest
 import impl.strategy
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _caches_of_1024_slots_are_streamed() -> Iterator[None]:
     """Let decode stream caches that are long for a proof: 2 rows of 2 heads of 8 channels."""
     with pytest.MonkeyPatch.context() as patch:
