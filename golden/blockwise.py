@@ -16,7 +16,7 @@ from golden.errors import ConfigError
 from golden.masks import Mask
 from golden.stages import Array
 
-ROWS_PER_TILE = 128
+ROWS_PER_TILE = 256
 """Rows of scores, over all query heads of a KV head, that a tile has unless told otherwise."""
 
 CELLS_PER_TILE = 4
@@ -29,9 +29,9 @@ PIECES_PER_THREAD = 2
 """Pieces of work that joining heads must leave for each thread, so that all threads have some."""
 
 KEYS_PER_RUN = 512
-"""Keys that a tile reads at one go: with 128 rows, its scores are 512 KiB and stay in cache."""
+"""Keys that a tile reads at one go: with 256 rows, its scores are 1 MiB and stay in cache."""
 
-TILES_PER_MESSAGE = 8
+TILES_PER_MESSAGE = 4
 """Tiles that travel to an executor together: 1,024 rows make 256 operations of each byte sent."""
 
 
@@ -86,7 +86,7 @@ def attend_blockwise(
         softmax_scale: factor on the dot products; None is `head_dim ** -0.5`.
         sinks: `(num_attention_heads,)`, one logit per query head; None for none.
         softcap: `c` in `c * tanh(x / c)`; None for none.
-        q_tile: queries of a tile; None makes 128 rows over the query heads of a KV head.
+        q_tile: queries of a tile; None makes 256 rows over the query heads of a KV head.
         kv_tile: keys that a tile reads at one go.
         threads: threads to use, BLAS held to one each; None is one per processor. With an
             executor, the number of its workers to keep busy.

@@ -24,7 +24,7 @@ NATIVE_CACHE = 1 << 22
 """Elements of a cache's values up to which decode reads it at once, in copies of 16 MiB at most.
 
 That is 4,096 slots of 8 heads of 128 channels: up to there the operators of the tiles cost more
-than what copies take from the processor's cache (`docs/impl-speed.md`).
+than the copies do.
 """
 
 SDPA_DEVICES = ("cpu", "cuda")
