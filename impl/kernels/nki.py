@@ -16,6 +16,7 @@ the kernel's own is cited in `impl.kernels.nki_arguments`.
 import functools
 import importlib
 import importlib.util
+import threading
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
@@ -33,6 +34,8 @@ MODULES = {
     "attention_block_tkg": "nkilib.experimental.transformer.attention_block_tkg",
 }
 """Where nki-library keeps each kernel that is bound."""
+_REGISTERING = threading.Lock()
+"""Ranks may be threads: registered twice at once, an operator takes the other's library with it."""
 
 
 class Runtime(Enum):
@@ -184,7 +187,8 @@ def register(name: str, launch: Callable[..., Any], fake: Callable[..., Any]) ->
     Raises:
         DeviceError: no NKI kernel runs here.
     """
-    _operator(runtime(), name, launch, fake)
+    with _REGISTERING:
+        _operator(runtime(), name, launch, fake)
 
 
 @functools.cache

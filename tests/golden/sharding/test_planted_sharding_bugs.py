@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import golden.sharding.context_attention
+import golden.sharding.encoding
 import golden.sharding.flash_decoding
 import golden.sharding.output
 import golden.sharding.prefill
@@ -227,12 +228,12 @@ def test_pieces_of_the_input_dealt_out_for_another_wiring(monkeypatch: pytest.Mo
     assert good.wrong_ranks() == set()
     dealt = stage_mesh(64, 8, eight_by_eight="trn2").inverted
     assert dealt != good.layer.prefill.mesh.inverted
-    gathered = golden.sharding.prefill._gathered
+    gathered = golden.sharding.encoding._gathered
 
     def of_trn2(plan: Any, given: Sequence[Array]) -> Any:
         return gathered(plan, [given[piece] for piece in dealt])
 
-    monkeypatch.setattr(golden.sharding.prefill, "_gathered", of_trn2)
+    monkeypatch.setattr(golden.sharding.encoding, "_gathered", of_trn2)
     assert good.wrong_ranks() == set(range(64))  # decode reads the keys of moved tokens
     # nor is it undone where the output is put together in the same order: positions were not moved.
     # The first four pieces stay where they are, and their tokens see no later ones
