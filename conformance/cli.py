@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 from rich.table import Table
 
+from conformance.cache_folder import FOLDER_VARIABLE, MEGABYTES
 from conformance.errors import UsageError
 from conformance.false_alarms import DEFAULT_RATE
 from conformance.precision import PROFILES
@@ -66,7 +67,7 @@ _PAGE = click.option(
 _CACHE_DIR = click.option(
     "--cache-dir",
     type=click.Path(file_okay=False, path_type=Path),
-    envvar="ATTN_CONFORMANCE_CACHE",
+    envvar=FOLDER_VARIABLE,
     help="Keep golden's outputs and error scales there for later runs.",
 )
 _RESULTS = click.option(
@@ -148,7 +149,7 @@ def main() -> None:
 @click.option(
     "--cache-mb",
     type=click.IntRange(min=1),
-    default=2048,
+    default=MEGABYTES,
     show_default=True,
     help="Megabytes that directory may take.",
 )
@@ -477,7 +478,7 @@ def cache(what: str, cache_dir: Path | None) -> None:
     from conformance.scale_cache import ScaleCache
 
     if cache_dir is None:
-        raise _Failure("cache needs --cache-dir or the variable ATTN_CONFORMANCE_CACHE")
+        raise _Failure(f"cache needs --cache-dir or the variable {FOLDER_VARIABLE}")
     kept = ScaleCache(cache_dir)
     if what == "clear":
         click.echo(f"removed {kept.clear()} files from {cache_dir}")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
+from conformance.cache_folder import FOLDER_VARIABLE, MEGABYTES
 from conformance.false_alarms import DEFAULT_RATE, FalseAlarms
 from reports.records import CaseRecord, case_from_dict, case_to_dict, write_results
 
@@ -104,12 +105,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         metavar="DIR",
         help="keep golden's outputs and error scales there for later runs (default: "
-        "$ATTN_CONFORMANCE_CACHE, or nowhere)",
+        f"${FOLDER_VARIABLE}, or nowhere)",
     )
     group.addoption(
         "--cache-mb",
         type=int,
-        default=2048,
+        default=MEGABYTES,
         metavar="N",
         help="megabytes that directory may take (default: %(default)d)",
     )

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from conformance.cache_folder import FOLDER_VARIABLE, MEGABYTES
 from conformance.cache_key import content_key
 from conformance.cases import Case
 from conformance.error_model import ErrorScale, Outputs
@@ -32,10 +33,6 @@ from conformance.scale_file import (
     unpack_scales,
 )
 
-MEGABYTES = 2048
-"""Size that the folder is kept below, unless told otherwise."""
-FOLDER_VARIABLE = "ATTN_CONFORMANCE_CACHE"
-"""Environment variable that names the folder where no option does."""
 _WORTH = 0.05
 """Seconds of work from which on a value is kept: reading a file back takes a few milliseconds."""
 _SUFFIX = ".scale"
