@@ -26,6 +26,7 @@ from reports.records import CaseRecord, case_from_dict, case_to_dict, write_resu
 if TYPE_CHECKING:
     from conformance.cases import Case
     from conformance.parallel.workloads import ParallelWorkload
+    from conformance.scale_cache import ScaleCache
     from conformance.subjects import Subject
 
 _RECORD = "conformance_record"
@@ -132,10 +133,12 @@ class Plan(NamedTuple):
     Attributes:
         pairs: what to judge, on what; one subject after the other, cases on one rank or on many.
         alarms: the run's chance of a false alarm, shared by all of them.
+        cache: where golden's outputs and error scales are kept, if anywhere.
     """
 
     pairs: list[tuple[Subject, Case | ParallelWorkload]]
     alarms: FalseAlarms
+    cache: ScaleCache | None
 
 
 def resolve(config: pytest.Config) -> Plan:
@@ -145,11 +148,13 @@ def resolve(config: pytest.Config) -> Plan:
         pytest.UsageError: an option names something unknown; one sentence, no traceback.
     """
     from conformance.errors import UsageError
+    from conformance.scale_cache import cache_in
     from conformance.selection import select_cases
     from conformance.subjects import load_subject
 
     if _RESOLVED not in config.stash:
         try:
+            cache = cache_in(config.getoption("cache_dir"), config.getoption("cache_mb"))
             pairs = [
                 (subject, case)
                 for subject in (
@@ -171,7 +176,7 @@ def resolve(config: pytest.Config) -> Plan:
             )
         except UsageError as error:
             raise pytest.UsageError(str(error)) from None
-        config.stash[_RESOLVED] = Plan(pairs, alarms)
+        config.stash[_RESOLVED] = Plan(pairs, alarms, cache)
     return config.stash[_RESOLVED]
 
 

@@ -165,6 +165,10 @@ def cache_in(folder: str | None, megabytes: int = MEGABYTES) -> ScaleCache | Non
     Args:
         folder: None or empty takes `ATTN_CONFORMANCE_CACHE`.
         megabytes: what its files may take.
+
+    Raises:
+        UsageError: `megabytes` is not positive, with or without a folder; or a file is there.
     """
     named = folder or os.environ.get(FOLDER_VARIABLE, "")
-    return ScaleCache(Path(named), megabytes) if named else None
+    found = ScaleCache(Path(named), megabytes)
+    return found if named else None

@@ -7,7 +7,7 @@ import torch
 
 from conformance.false_alarms import FalseAlarms
 from conformance.plugin import resolve
-from conformance.scale_cache import ScaleCache, cache_in
+from conformance.scale_cache import ScaleCache
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -28,7 +28,7 @@ def alarms(request: pytest.FixtureRequest) -> FalseAlarms:
 @pytest.fixture(scope="session")
 def scale_cache(request: pytest.FixtureRequest) -> ScaleCache | None:
     """Where golden's outputs and error scales are kept, if anywhere."""
-    return cache_in(request.config.getoption("cache_dir"), request.config.getoption("cache_mb"))
+    return resolve(request.config).cache
 
 
 @pytest.fixture(scope="session", autouse=True)

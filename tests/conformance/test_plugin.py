@@ -80,6 +80,22 @@ def test_bad_options_end_the_run_before_any_case_and_name_the_reason(tmp_path: P
     assert "passed" not in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--cache-mb", "0", "-n", "2"), "megabytes must be positive, got 0"),
+        (("--cache-dir", "file"), "the cache's folder must be a directory, got file"),
+    ],
+)
+def test_a_cache_that_cannot_be_is_refused_in_one_sentence(
+    options: tuple[str, ...], says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    done = run_pytest(tmp_path, *options, "--case", WINDOW)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR, done.stdout + done.stderr
+    assert (done.stdout, done.stderr.strip()) == ("", f"ERROR: {says}")
+
+
 def test_a_case_that_ends_its_process_is_missed(tmp_path: Path) -> None:
     cases = [
         f"core-h64-hq4-hkv2-d16/cte-{dtype}-b1-q9-gaussian-seed0" for dtype in ("bf16", "fp16")

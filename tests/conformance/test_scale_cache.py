@@ -305,6 +305,8 @@ def test_command_tells_and_clears(folder: Path) -> None:
 def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ATTN_CONFORMANCE_CACHE", raising=False)
     assert cache_in(None) is None
+    with pytest.raises(UsageError, match="megabytes must be positive, got 0"):
+        cache_in(None, 0)
     monkeypatch.setenv("ATTN_CONFORMANCE_CACHE", str(tmp_path))
     assert cache_in(None) == ScaleCache(tmp_path)
     assert cache_in("elsewhere", 5) == ScaleCache(Path("elsewhere"), 5)
