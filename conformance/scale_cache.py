@@ -37,8 +37,9 @@ _WORTH = 0.05
 """Seconds of work from which on a value is kept: reading a file back takes a few milliseconds."""
 _SUFFIX = ".scale"
 _UNFINISHED = ".unfinished-"
-_ABANDONED = 3600.0
-"""Seconds after which an unfinished file has nobody who writes it."""
+_ABANDONED = 60.0
+"""Seconds after which an unfinished file has nobody who writes it: it is filled in one call and
+moved at once, and its time is that of the last byte. Were it missed, its writer would only warn."""
 
 Found = TypeVar("Found")
 
@@ -94,11 +95,11 @@ class ScaleCache:
         return sorted(found, key=lambda one: one[1].st_mtime)
 
     def clear(self) -> int:
-        """Remove all files kept, and return how many those were."""
-        files = self.files()
-        for path, _ in files:
+        """Remove all files kept and what writers that died have left, and return their number."""
+        paths = [path for path, _ in self.files()] + self._abandoned()
+        for path in paths:
             path.unlink(missing_ok=True)
-        return len(files)
+        return len(paths)
 
     def _kept(
         self,
@@ -153,10 +154,18 @@ class ScaleCache:
                 break
             path.unlink(missing_ok=True)
             total -= about.st_size
-        for left in self.folder.glob(f"{_UNFINISHED}*"):
-            with contextlib.suppress(OSError):
-                if time.time() - left.stat().st_mtime > _ABANDONED:
-                    left.unlink()
+        for path in self._abandoned():
+            with contextlib.suppress(OSError):  # somebody else's
+                path.unlink()
+
+    def _abandoned(self) -> list[Path]:
+        """Return unfinished files that nobody writes any more."""
+        found = []
+        for path in self.folder.glob(f"{_UNFINISHED}*"):
+            with contextlib.suppress(OSError):  # its writer may have moved it
+                if time.time() - path.stat().st_mtime > _ABANDONED:
+                    found.append(path)
+        return found
 
 
 def cache_in(folder: str | None, megabytes: int = MEGABYTES) -> ScaleCache | None:

@@ -302,6 +302,16 @@ def test_command_tells_and_clears(folder: Path) -> None:
     assert without.exit_code == 2
 
 
+def test_clearing_removes_what_writers_left_but_not_what_one_writes(folder: Path) -> None:
+    left, being_written = folder / ".unfinished-left", folder / ".unfinished-new"
+    for path in (left, being_written):
+        path.write_bytes(b"0")
+    ago = time.time() - 120
+    os.utime(left, (ago, ago))
+    assert ScaleCache(folder).clear() == 2  # a kept one and the one left
+    assert list(folder.iterdir()) == [being_written]
+
+
 def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ATTN_CONFORMANCE_CACHE", raising=False)
     assert cache_in(None) is None
