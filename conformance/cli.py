@@ -497,3 +497,7 @@ def environment() -> None:
     click.echo(environment_report())
     absent = missing()
     click.echo(f"stablehlo: {'needs ' + ' and '.join(absent) if absent else 'available'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -30,7 +30,7 @@ def test_a_users_own_pytest_configuration_has_no_say(tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text(PROJECT)
     (tmp_path / "my_kernel.py").write_text(KERNEL)
     ids = [f"core-h256-hq8-hkv2-d32/cte-bf16-b1-q{n}-gaussian-seed0" for n in (7, 9)]
-    command = [sys.executable, "-c", "from conformance.cli import main; main()", "run"]
+    command = [sys.executable, "-m", "conformance.cli", "run"]
     command += ["--subject", "my_kernel:attention", "-j", "2"]
     for text in ids:
         command += ["--case", text]
