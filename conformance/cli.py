@@ -1,6 +1,7 @@
 """The `attn-conformance` command: a front on the pytest suites, and on the report.
 
-Exit codes: 0 the subject conforms, 1 it deviates, 2 the command was used wrongly.
+Exit codes: 0 the subject conforms, 1 it deviates, 2 the command was used wrongly, or not every case
+could be judged.
 """
 
 from __future__ import annotations
@@ -173,6 +174,7 @@ def run(
     jobs: int,
 ) -> None:
     """Judge one subject or several and write results and report."""
+    from conformance.lost_cases import DIED
     from conformance.session import run_session, summary_table
 
     try:
@@ -203,13 +205,15 @@ def run(
         raise _Failure("the session ended before every case was judged; its output is above")
     found = read_results(results)
     _console.print(summary_table(found))
+    _print_failures(found)
     if len(found.cases) < total:
         raise _Failure(
-            f"{total - len(found.cases)} of {total} cases left no record: a process died while "
-            "judging them, or the judge failed; run with --jobs 1 to see which"
+            f"{total - len(found.cases)} of {total} cases left no record: the judge failed, or "
+            "too many processes died; run with --jobs 1 to see which"
         )
-    _print_failures(found)
     _console.print(f"results: {results}\nreport:  {report}", highlight=False)
+    if lost := sum(case.reason == DIED for case in found.cases):
+        raise _Failure(f"{lost} of {total} cases ended the process that judged them")
     if all(case.verdict == "UNSUPPORTED" for case in found.cases):
         raise _Failure(
             f"{' and '.join(subjects)} claims none of these cases, so nothing was judged"

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from conformance.subjects import Subject
 
 _RECORD = "conformance_record"
+_HELD = ("features", "serving", "core", "gradients")
+"""Suites whose cases are held to the exact rules unless an option says otherwise."""
 _RESOLVED = pytest.StashKey["Plan"]()
 _PACKAGES = (
     *("numpy", "scipy", "torch", "torch-neuronx", "torch-mlir", "jaxlib", "ml_dtypes", "pytest"),
@@ -140,6 +142,12 @@ class Plan(NamedTuple):
     alarms: FalseAlarms
     cache: ScaleCache | None
 
+    @property
+    def ids(self) -> list[str]:
+        """What tells the tests of `pairs` apart: the case, and the subject where there are more."""
+        alone = len({subject.name for subject, _ in self.pairs}) == 1
+        return [case.id if alone else f"{case.id}@{subject.name}" for subject, case in self.pairs]
+
 
 def resolve(config: pytest.Config) -> Plan:
     """Return what the options ask for, worked out once a session.
@@ -185,6 +193,14 @@ def subject_names(config: pytest.Config) -> list[str]:
     return list(dict.fromkeys(config.getoption("subject"))) or ["impl"]
 
 
+def held_exactly(config: pytest.Config, case: Case | ParallelWorkload) -> bool:
+    """Return whether a case is also held to the exact rules; an option may say so or not."""
+    option = config.getoption("exact_rules")
+    if option == "auto":
+        return config.getoption("tier") != "smoke" and getattr(case, "suite", "") in _HELD
+    return bool(option == "on")
+
+
 def attach(request: pytest.FixtureRequest, record: CaseRecord) -> None:
     """Attach a record to the running test."""
     request.node.user_properties.append((_RECORD, json.dumps(case_to_dict(record))))
@@ -205,6 +221,22 @@ class _Recorder:
         for name, value in report.user_properties:
             if name == _RECORD:
                 self._records.append(case_from_dict(json.loads(str(value))))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_handlecrashitem(self, crashitem: str) -> None:
+        """Record a case whose process died; pytest-xdist says which test that was."""
+        plan = self._config.stash.get(_RESOLVED, None)
+        if plan is None:
+            return
+        from conformance.lost_cases import lost_record
+
+        for name, (subject, case) in zip(plan.ids, plan.pairs, strict=True):
+            if crashitem.endswith(f"::test_subject_conforms[{name}]"):
+                exact = held_exactly(self._config, case)
+                lost = lost_record(case, subject, plan.alarms, exact_rules=exact)
+                judged = {(one.case_id, one.subject) for one in self._records}
+                if (lost.case_id, lost.subject) not in judged:  # else it died afterwards
+                    self._records.append(lost)
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:

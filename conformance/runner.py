@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 import traceback
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from conformance.calls import Call, call_of
-from conformance.cases import PHASE_NAMES, Case
+from conformance.case_record import case_record, claimed_profile
+from conformance.cases import Case
 from conformance.core_scale import predict_core
 from conformance.directions import directions
 from conformance.error_model import MANY_RUNS, ErrorScale, Outputs, predict_scale
@@ -20,17 +20,15 @@ from conformance.exact_rules import Subjected, exact_statistics
 from conformance.expected import Inputs, Reference, by_pieces, reference
 from conformance.false_alarms import STANDARD, FalseAlarms
 from conformance.gradients.inputs import GradientInputs, draw_gradients
-from conformance.gradients.precision import gradient_profile
 from conformance.gradients.subjects import gradients_of
 from conformance.inputs import CoreInputs, draw_core, draw_layer
 from conformance.judge import Judgement, judge_outputs, zeros_pass
 from conformance.looks import look
 from conformance.observed import Malformed, check_finite, observe
-from conformance.precision import PrecisionProfile, profile_named
+from conformance.precision import PrecisionProfile
 from conformance.real_models import real_layer_inputs
 from conformance.sampled_rows import is_long, predict_sampled
 from conformance.scale_cache import ScaleCache
-from conformance.schedule_ids import render_cache, render_parts
 from conformance.serve_inputs import draw_serve
 from conformance.subjects.base import GradientCall, Subject, Unsupported
 from reports.records import CaseRecord
@@ -84,9 +82,7 @@ def judge_case(
     Raises:
         UsageError: the case's inputs cannot be had here.
     """
-    profile = profile_named(subject.profile, case.dtype)
-    if case.workload.backward:
-        profile = gradient_profile(profile, subject.profile, case.dtype)
+    profile = claimed_profile(case, subject)
     reason = subject.unsupported(case)
     if subject.scope != case.scope:
         reason = f"{subject.name} takes cases of scope {subject.scope!r}, this is {case.scope!r}"
@@ -95,7 +91,7 @@ def judge_case(
     elif case.workload.backward and subject.backward is None:
         reason = f"{subject.name} claims no gradients: it has no backward"
     if reason is not None:
-        return _record(case, subject, profile, alarms, "UNSUPPORTED", reason, {})
+        return case_record(case, subject, profile, alarms, "UNSUPPORTED", reason, {})
     clock = _Clock()
     with clock.timing("golden"):
         inputs = inputs_of(case)
@@ -106,12 +102,12 @@ def judge_case(
         observed, kept = observe(returned, case, inputs, expected)
         check_finite(observed, expected)
     except Unsupported as error:
-        return _record(case, subject, profile, alarms, "UNSUPPORTED", str(error), clock.seconds)
+        return case_record(case, subject, profile, alarms, "UNSUPPORTED", str(error), clock.seconds)
     except Malformed as error:
-        return _record(case, subject, profile, alarms, "MALFORMED", str(error), clock.seconds)
+        return case_record(case, subject, profile, alarms, "MALFORMED", str(error), clock.seconds)
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
-        return _record(
+        return case_record(
             case,
             subject,
             profile,
@@ -159,7 +155,7 @@ def judge_case(
                 exact_statistics(case, inputs, observed, expected.rows, again)
             )
     verdict = "CONFORMS" if judgement.conforms else "DEVIATES"
-    return _record(
+    return case_record(
         case,
         subject,
         profile,
@@ -213,77 +209,3 @@ def predicted(
         independent_rows=case.scope == "core" and case.dtype != profile.accumulation,
         last={"output": "attn"} if case.scope == "core" else {},
     )
-
-
-def reproduce_command(
-    case: Case, subject: Subject, alarms: FalseAlarms, exact_rules: bool = False
-) -> str:
-    """Return the command that judges this case again, by the same limits."""
-    words = ["attn-conformance", "run", "--subject", subject.name, "--case", case.id]
-    words += ["--profile", subject.profile, *alarms.options()]
-    return shlex.join([*words, *(("--exact-rules", "on") if exact_rules else ())])
-
-
-def _record(
-    case: Case,
-    subject: Subject,
-    profile: PrecisionProfile,
-    alarms: FalseAlarms,
-    verdict: str,
-    reason: str,
-    seconds: Mapping[str, float],
-    *,
-    judgement: Judgement | None = None,
-    vacuous: tuple[str, ...] = (),
-    exact_rules: bool = False,
-    text: str = "",
-) -> CaseRecord:
-    return CaseRecord(
-        case_id=case.id,
-        suite=case.suite,
-        features=_feature_rows(case),
-        model=case.model,
-        layer=case.layer,
-        phase=PHASE_NAMES[case.workload.phase],
-        dtype=case.dtype,
-        regime=case.regime,
-        seed=case.seed,
-        config=asdict(case.config),
-        workload=_workload(case),
-        subject=subject.name,
-        profile=profile.name,
-        profile_stages=dict(profile.stores),
-        verdict=verdict,
-        reason=reason,
-        statistics=judgement.statistics if judgement else (),
-        worst=judgement.worst if judgement else None,
-        reproduce=reproduce_command(case, subject, alarms, exact_rules),
-        seconds=dict(seconds),
-        traceback=text,
-        power=judgement.power if judgement else {},
-        vacuous=vacuous,
-    )
-
-
-def _feature_rows(case: Case) -> tuple[str, ...]:
-    """Return the rows of the report that a case counts in.
-
-    A synthetic layer with two features is a row of its own, so a red row names the culprit.
-    """
-    together = " + ".join(case.features)
-    if case.workload.backward:
-        return ("gradients", f"gradients: {together}")
-    return case.features if case.model or case.suite == "serving" else (together,)
-
-
-def _workload(case: Case) -> dict[str, Any]:
-    work = case.workload
-    found = {**asdict(work), "lengths": list(work.lengths)}
-    if work.schedule is not None:
-        cache = render_cache(work.schedule.cache)
-        found["schedule"] = f"{cache} {render_parts(work.schedule.parts, work.batch)}"
-    else:
-        del found["schedule"]
-    if not work.backward:
-        del found["backward"]
-    return found

@@ -13,10 +13,8 @@ from conformance.scale_cache import ScaleCache
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make one test of `subject` and `case` per subject and case selected for it."""
     if "case" in metafunc.fixturenames:
-        pairs = resolve(metafunc.config).pairs
-        alone = len({subject.name for subject, _ in pairs}) == 1
-        ids = [case.id if alone else f"{case.id}@{subject.name}" for subject, case in pairs]
-        metafunc.parametrize(("subject", "case"), pairs, ids=ids)
+        plan = resolve(metafunc.config)
+        metafunc.parametrize(("subject", "case"), plan.pairs, ids=plan.ids)
 
 
 @pytest.fixture(scope="session")

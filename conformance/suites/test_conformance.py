@@ -10,14 +10,11 @@ from conformance.cases import Case
 from conformance.false_alarms import FalseAlarms
 from conformance.parallel.session import judge_on_real_ranks
 from conformance.parallel.workloads import ParallelWorkload
-from conformance.plugin import attach
+from conformance.plugin import attach, held_exactly
 from conformance.runner import judge_case
 from conformance.scale_cache import ScaleCache
 from conformance.subjects import Subject
 from conformance.undetected import undetected
-
-_HELD = ("features", "serving", "core", "gradients")
-"""Suites whose cases are held to the exact rules unless an option says otherwise."""
 
 
 def test_subject_conforms(
@@ -31,9 +28,7 @@ def test_subject_conforms(
     if isinstance(case, ParallelWorkload):
         record = judge_on_real_ranks(case, alarms=alarms)
     else:
-        option = request.config.getoption("exact_rules")
-        beyond_smoke = request.config.getoption("tier") != "smoke"
-        exact = option == "on" or (option == "auto" and beyond_smoke and case.suite in _HELD)
+        exact = held_exactly(request.config, case)
         record = judge_case(case, subject, alarms=alarms, exact_rules=exact, cache=scale_cache)
         if request.config.getoption("defects") and record.verdict != "UNSUPPORTED":
             record = replace(record, undetected=undetected(case, alpha=alarms.per_case))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from reports.records import read_results
+from conformance.false_alarms import STANDARD
+from conformance.lost_cases import DIED, lost_record
+from conformance.parallel.cases import parallel_cases
+from conformance.subjects import load_subject
+from reports.records import case_from_dict, case_to_dict, read_results
 
 HERE = Path(__file__).parent
 WINDOW = "h256-hq8-hkv8-d32-window16/cte-bf16-b1-q40-gaussian-seed0"
@@ -96,17 +101,46 @@ def test_a_cache_that_cannot_be_is_refused_in_one_sentence(
     assert (done.stdout, done.stderr.strip()) == ("", f"ERROR: {says}")
 
 
-def test_a_case_that_ends_its_process_is_missed(tmp_path: Path) -> None:
-    cases = [
-        f"core-h64-hq4-hkv2-d16/cte-{dtype}-b1-q9-gaussian-seed0" for dtype in ("bf16", "fp16")
-    ]
+DIES = [f"core-h64-hq4-hkv2-d16/cte-{dtype}-b1-q9-gaussian-seed0" for dtype in ("bf16", "fp16")]
+
+
+def test_a_case_that_ends_its_process_is_recorded_and_no_verdict_on_the_subject(
+    tmp_path: Path,
+) -> None:
     done = run_python(
         tmp_path,
-        *("-c", "from conformance.cli import main; main()", "run", "-j", "2"),
-        *("--subject", "planted:dies_in_half"),
-        *(word for case in cases for word in ("--case", case)),
+        *("-m", "conformance.cli", "run", "-j", "2", "--subject", "planted:dies_in_half"),
+        *(word for case in DIES for word in ("--case", case)),
     )
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "1 of 2 cases left no record" in done.stderr
-    (case,) = read_results(tmp_path / "results.jsonl").cases
-    assert case.case_id == cases[0]
+    assert done.stderr == "Error: 1 of 2 cases ended the process that judged them\n"
+    assert f"CRASHED {DIES[1]}\n{DIED}\n" in done.stdout
+    other, lost = read_results(tmp_path / "results.jsonl").cases
+    assert (other.case_id, other.verdict) == (DIES[0], "DEVIATES")
+    assert (lost.case_id, lost.verdict, lost.reason) == (DIES[1], "CRASHED", DIED)
+    assert f"--case {DIES[1]} --profile flash --cases-in-run 2" in lost.reproduce
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Does not conform: 2 of 2 cases fail." in page
+    assert DIED in page
+
+
+def test_so_it_is_under_plain_pytest_with_several_subjects(tmp_path: Path) -> None:
+    done = run_pytest(
+        tmp_path,
+        *("--subject", "planted:dies_in_half", "--subject", "torch-sdpa", "-n", "2"),
+        *("--exact-rules", "on", "--case", DIES[1], "--results", "results.jsonl"),
+    )
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout + done.stderr
+    lost, judged = read_results(tmp_path / "results.jsonl").cases
+    assert (lost.subject, lost.verdict, lost.reason) == ("planted:dies_in_half", "CRASHED", DIED)
+    assert lost.reproduce.endswith("--exact-rules on")
+    assert (judged.subject, judged.verdict) == ("torch-sdpa", "CONFORMS")
+
+
+def test_a_parallel_case_that_ends_its_process_is_recorded_too() -> None:
+    workload = parallel_cases()[0]
+    lost = lost_record(workload, load_subject("impl"), STANDARD, exact_rules=False)
+    assert (lost.case_id, lost.suite, lost.verdict) == (workload.id, "parallel", "CRASHED")
+    assert lost.reason == DIED
+    written = case_to_dict(lost)
+    assert case_to_dict(case_from_dict(json.loads(json.dumps(written)))) == written
