@@ -233,8 +233,9 @@ class NeuronAttentionBase(AttentionLayer):
         caches (its tokens), and under sequence parallelism the hidden states of a prefill and their
         output: `seq_len / tp_degree` tokens, rank `r` holding piece
         `impl.parallel.StageMesh.positions[r]`. Under
-        `strided_context_parallel_kernel_enabled` all arguments of a prefill, and its output, have
-        their tokens in strided order (`impl.parallel.strided`); K and V come back in natural order.
+        `strided_context_parallel_kernel_enabled` all arguments of a prefill, `scatter_index` too,
+        and its output have their tokens in strided order (`impl.parallel.strided`); K and V come
+        back in natural order.
 
         Args:
             hidden_states: `(batch, seq_len, hidden_size)`, any floating dtype; twice as wide for an
@@ -395,7 +396,11 @@ class NeuronAttentionBase(AttentionLayer):
         if not update_kv_per_layer:
             return output
         manager = require_manager(kv_mgr, cache_arguments)
-        position_ids = before.natural(position_ids, 1) if encodes else position_ids
+        if encodes:
+            position_ids = before.natural(position_ids, 1)
+            slots = cache_arguments.get("scatter_index")
+            if slots is not None and slots.shape == position_ids.shape:  # else the cache refuses it
+                cache_arguments["scatter_index"] = before.natural(slots, 1)
         if packing is not None:
             kept = None if owners is None else owners == manager.dp_rank
             cache_arguments = update_arguments(

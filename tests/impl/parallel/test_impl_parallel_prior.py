@@ -11,6 +11,7 @@ from thread_ranks import on_ranks
 from torch import Tensor
 
 from impl import KVCacheManager, NeuronAttentionBase, ShapeError
+from impl.kv_cache import slot_mapping
 from impl.parallel import strided
 from impl.parallel.prior import prior_plan
 from impl.parallel.rank_maps import rank_maps
@@ -111,6 +112,44 @@ def test_pieces_of_a_prompt_are_the_whole(mesh: str, feature: str) -> None:
         for got, expected in pieces:
             if expected.numel():
                 assert relative_error(got, expected) <= ROUNDOFF
+
+
+WRITTEN = ("context, heads apart", "sequence", "strided")
+
+
+@pytest.mark.parametrize("mesh", WRITTEN)
+def test_each_token_of_a_prompt_is_written_where_scatter_index_says(mesh: str) -> None:
+    (heads, kv), run = MESHES[mesh]
+    state = checkpoint(heads, kv)
+    hidden, at = (x[:, :PIECE] for x in prompt())
+    at = at.clone()
+    at[2, 7:] = -1
+    generator = torch.Generator().manual_seed(1)
+    slots = torch.stack([torch.randperm(TOTAL, generator=generator)[:PIECE] for _ in range(BATCH)])
+
+    def serve(_: int) -> None:
+        made = build(heads, kv, {"seq_len": TOTAL, **run}, state)
+
+        def put(x: Tensor) -> Tensor:  # as the caller has every argument of a prefill
+            return strided(x, 1, made.cp_degree) if mesh == "strided" else x
+
+        given_step = (given(made, hidden), put(at >= 0), put(at))
+        k, v = made(*given_step).present_key_value
+        manager = emptied(made)
+        output = made(
+            *given_step,
+            kv_mgr=manager,
+            update_kv_per_layer=True,
+            idx=0,
+            scatter_index=put(slots),
+        )
+        for cached, new in zip(output.present_key_value, (k, v), strict=True):
+            expected = torch.full_like(cached, float("nan"))
+            for row, token in (at >= 0).nonzero().tolist():
+                expected[row, :, slots[row, token]] = new[row, :, token]
+            torch.testing.assert_close(cached, expected, rtol=0, atol=0, equal_nan=True)
+
+    on_ranks(run["tp_degree"], serve)
 
 
 IDS = [[5], [2, 7], [6, 1, 3]]
@@ -224,6 +263,41 @@ def test_packed_rows_give_each_sequence_what_it_gets_alone(mesh: str, window: in
         for got, want in rows:
             if want.numel():
                 assert relative_error(got, want) <= ROUNDOFF
+
+
+@pytest.mark.parametrize("mesh", WRITTEN)
+def test_slots_of_a_packed_row_are_the_ones_its_tables_give(mesh: str) -> None:
+    (heads, kv), run = MESHES[mesh]
+    state, new = checkpoint(heads, kv), torch.tensor([5, 1, 7, 2])
+    seen = [2, 0, 3, 9]
+    places = torch.cat([torch.arange(c, c + n) for n, c in zip(new.tolist(), seen, strict=True)])
+    tables = TABLES.repeat_interleave(new, 0)
+    slots = slot_mapping(tables, places[:, None], PAGES["pa_block_size"]).T
+    slots = torch.nn.functional.pad(slots, (0, 16 - slots.shape[1]), value=-1)
+
+    def serve(_: int) -> None:
+        made = build(heads, kv, {**PAGES, **run}, state)
+
+        def written(**more: Tensor) -> tuple[Tensor, Tensor]:
+            manager = made.parallel.make_cache(made.config)
+            found: tuple[Tensor, Tensor] = made(
+                given(made, tokens(16, 1)),
+                kv_mgr=manager,
+                get_kv_per_layer=True,
+                update_kv_per_layer=True,
+                idx=0,
+                active_block_table=TABLES,
+                num_queries=new,
+                computed_context_lens=torch.tensor(seen),
+                **more,
+            ).present_key_value
+            return found
+
+        put = strided(slots, 1, made.cp_degree) if mesh == "strided" else slots
+        for by_slot, by_table in zip(written(scatter_index=put), written(), strict=True):
+            assert torch.equal(by_slot, by_table)
+
+    on_ranks(run["tp_degree"], serve)
 
 
 def test_data_parallel_ranks_decode_from_blocks_of_their_own_rows() -> None:
