@@ -304,15 +304,21 @@ class NeuronAttentionBase(AttentionLayer):
         polar = bool(kwargs.pop("use_polar_compatible_rope", False))
         cache_arguments = {name: kwargs[name] for name in CACHE_KEYWORDS if name in kwargs}
         packing = packed_sequences(kwargs, hidden_states.shape[0], self.neuron_config)
-        # positions are those of the whole step, whatever this rank was given of it
+        before = self.parallel.prefill
+        # of the whole step, whatever this rank was given of it; decode is always given positions
+        length = (
+            before.sequence_length(hidden_states)
+            if position_ids is None
+            else position_ids.shape[-1]
+        )
         phase, reads = select_phase(
             self.neuron_config,
-            hidden_states.shape[1] if position_ids is None else position_ids.shape[-1],
+            length,
             get_kv_per_layer or past_key_value is not None,
             windowed_context_encoding_window_idx,
             packed=packing is not None,
         )
-        encodes, before = phase is Phase.CONTEXT_ENCODING, self.parallel.prefill
+        encodes = phase is Phase.CONTEXT_ENCODING
         if self.dp_degree > 1 and not encodes:
             rows = self.parallel.decode.own_rows
             hidden_states, attention_mask, position_ids, active_mask, adapter_ids, *own = rows(

@@ -114,6 +114,22 @@ def test_pieces_of_a_prompt_are_the_whole(mesh: str, feature: str) -> None:
                 assert relative_error(got, expected) <= ROUNDOFF
 
 
+def test_a_window_is_as_long_as_all_ranks_tokens_together() -> None:
+    (heads, kv), run = MESHES["sequence"]
+    state = checkpoint(heads, kv)
+    hidden = tokens(PIECE + 4, BATCH)
+
+    def serve(_: int) -> None:
+        made = build(heads, kv, {**WINDOWS, **run}, state)
+        call = {"windowed_context_encoding_window_idx": 0}
+        assert given(made, hidden).shape[1] == (PIECE + 4) // 4
+        with pytest.raises(ShapeError, match=f"at most .* = {PIECE} tokens .*, got {PIECE + 4}"):
+            made(given(made, hidden), **call)
+        made(given(made, hidden[:, :PIECE]), **call)
+
+    on_ranks(run["tp_degree"], serve)
+
+
 WRITTEN = ("context, heads apart", "sequence", "strided")
 
 
