@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import re
-import time
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -236,27 +238,67 @@ def test_element_ids_are_unique(make_case: MakeCase, make_results: MakeResults) 
     assert len(ids) == len(set(ids))
 
 
-def test_two_thousand_cases_stay_light(
+@pytest.fixture
+def many_cases(
     make_case: MakeCase, make_results: MakeResults, make_statistic: MakeStatistic
-) -> None:
-    cases = [
-        make_case(
-            case_id=f"tkg-bf16-b1-hq32-hkv8-kv4096-d128-window1024-{n}",
-            seed=n,
-            features=("sinks", f"feature {n % 30}"),
-            verdict="CRASHED" if n % 10 == 0 else "CONFORMS",
-            config={f"field_{place}": place * n for place in range(30)},
-            statistics=tuple(
-                make_statistic(n / 2000, name) for name in ("magnitude", "spread", "row", "scale")
-            ),
-            traceback="a line of a traceback\n" * 10 if n % 10 == 0 else "",
+) -> Callable[[int], Results]:
+    """Builds results of so many cases, a tenth of which fail."""
+
+    def build(size: int) -> Results:
+        return make_results(
+            *(
+                make_case(
+                    case_id=f"tkg-bf16-b1-hq32-hkv8-kv4096-d128-window1024-{n}",
+                    seed=n,
+                    features=("sinks", f"feature {n % 30}"),
+                    verdict="CRASHED" if n % 10 == 0 else "CONFORMS",
+                    config={f"field_{place}": place * n for place in range(30)},
+                    statistics=tuple(
+                        make_statistic(n / 2000, name)
+                        for name in ("magnitude", "spread", "row", "scale")
+                    ),
+                    traceback="a line of a traceback\n" * 10 if n % 10 == 0 else "",
+                )
+                for n in range(size)
+            )
         )
-        for n in range(2000)
-    ]
-    started = time.perf_counter()
-    page = render(make_results(*cases))
-    assert time.perf_counter() - started < 5
-    assert len(page.encode()) < 6e6
+
+    return build
+
+
+def test_two_thousand_cases_stay_light(many_cases: Callable[[int], Results]) -> None:
+    assert len(render(many_cases(2000)).encode()) < 6e6
+
+
+def steps_of(function: Callable[[], object]) -> int:
+    """Return how many lines, calls and returns of Python a function takes, callees included."""
+    count, before = 0, sys.gettrace()
+
+    def one(frame: FrameType, event: str, value: object) -> Any:
+        nonlocal count
+        count += 1
+        return one
+
+    sys.settrace(one)
+    try:
+        function()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_work_grows_as_the_number_of_cases(many_cases: Callable[[int], Results]) -> None:
+    """Steps are counted, not seconds, which say as much about the machine.
+
+    Twice the cases take twice the steps: from 600 to 1200 exactly twice as many more as from 300 to
+    600, whatever the page costs without any. One line for each pair of cases, at the 3,000 steps
+    that a case costs, would make it 2.45, and work that grows as n log n 2.2.
+    """
+    render(many_cases(1))  # templates are compiled once
+    small, middle, large = (
+        steps_of(functools.partial(render, many_cases(size))) for size in (300, 600, 1200)
+    )
+    assert large - middle < 2.1 * (middle - small)
 
 
 def test_equal_results_give_equal_pages(make_case: MakeCase, make_results: MakeResults) -> None:
