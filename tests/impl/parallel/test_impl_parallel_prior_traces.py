@@ -5,26 +5,28 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from impl_layers import HIDDEN, WIDTH, model, positions, tokens
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from impl_layers import positions, tokens
+from traced_ranks import (
+    BATCH,
+    EIGHT_BY_EIGHT,
+    SEQ,
+    STRIDED,
+    assert_runs_on_fake_tensors,
+    collectives,
+    layer_on,
+    one_rank,
+)
 
-from impl import NeuronAttentionBase, RotaryEmbedding
+from impl import NeuronAttentionBase
 
-SEQ, BATCH, BLOCK = 32, 8, 8
+BLOCK = 8
 MESHES: dict[str, dict[str, Any]] = {
     "context": {"tp_degree": 8, "cp_degree": 4},
     "context, sequence": {"tp_degree": 8, "cp_degree": 2, "sequence_parallel_enabled": True},
-    "strided": {
-        "tp_degree": 4,
-        "cp_degree": 2,
-        "strided_context_parallel_kernel_enabled": True,
-        "logical_nc_config": 2,
-    },
+    "strided": STRIDED,
     "data": {"tp_degree": 8, "attention_dp_degree": 2},
     "context, data": {"tp_degree": 8, "cp_degree": 4, "attention_dp_degree": 2},
-    "eight by eight": {"tp_degree": 64, "cp_degree": 8, "attention_dp_degree": 8},
+    "eight by eight": EIGHT_BY_EIGHT,
     "cores": {"tp_degree": 8, "flash_decoding_enabled": True},
 }
 STEPS = ("window", "packed")
@@ -32,16 +34,8 @@ STEPS = ("window", "packed")
 
 @pytest.fixture(params=MESHES)
 def run(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
-    fields = dict(MESHES[request.param])
-    dist.init_process_group(
-        "fake",
-        store=FakeStore(),
-        rank=min(5, fields["tp_degree"] - 1),
-        world_size=fields["tp_degree"],
-    )
-    fields["is_continuous_batching"] = fields.get("attention_dp_degree", 1) > 1
-    yield {"batch_size": BATCH, "seq_len": 64, "fused_qkv": True, **fields}
-    dist.destroy_process_group()
+    with one_rank(MESHES[request.param]) as fields:
+        yield fields
 
 
 def step(run: dict[str, Any], kind: str) -> tuple[NeuronAttentionBase, dict[str, Any]]:
@@ -53,26 +47,8 @@ def step(run: dict[str, Any], kind: str) -> tuple[NeuronAttentionBase, dict[str,
     else:
         run = {**run, "is_chunked_prefill": True, "is_block_kv_layout": True}
         run |= {"pa_num_blocks": 64, "pa_block_size": BLOCK}
-    heads, kv = 64, 4
-    config = model(
-        torch.float32,
-        run,
-        num_attention_heads=heads,
-        num_key_value_heads=kv,
-        num_cores_per_group=cores,
-    )
-    made = NeuronAttentionBase(
-        config,
-        HIDDEN,
-        heads,
-        kv,
-        WIDTH,
-        rotary_emb=RotaryEmbedding(WIDTH),
-        qkv_bias=True,
-        o_bias=True,
-        num_cores_per_group=cores,
-    ).eval()
-    manager = made.parallel.make_cache(config)
+    made = layer_on(run, 4, num_cores_per_group=cores)
+    manager = made.parallel.make_cache(made.config)
     arguments: dict[str, Any] = {
         "kv_mgr": manager,
         "get_kv_per_layer": True,
@@ -101,14 +77,7 @@ def test_every_mesh_runs_on_fake_tensors(run: dict[str, Any], kind: str) -> None
     if kind == "packed" and run.get("flash_decoding_enabled"):
         pytest.skip("refused: blocks belong to one core")
     layer, arguments = step(run, kind)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = {
-            name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
-            for name, value in arguments.items()
-        }
-        got = layer(**fake)
-    assert got.hidden_states.shape == arguments["hidden_states"].shape
-    assert got.present_key_value[0].shape == arguments["kv_mgr"].past_key_values[0].shape
+    assert_runs_on_fake_tensors(layer, arguments)
 
 
 # a column of prefill, one of decode, the cores of a group, or nobody exchanges cached keys
@@ -127,18 +96,5 @@ def test_every_mesh_runs_on_fake_tensors(run: dict[str, Any], kind: str) -> None
 def test_a_step_compiles_as_one_graph_with_its_collectives(
     run: dict[str, Any], kind: str, fewest: int
 ) -> None:
-    layer, arguments = step(run, kind)
-    graphs: list[torch.fx.GraphModule] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph
-
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=False)
-    got, expected = compiled(**arguments), layer(**arguments)
-    assert got.hidden_states.shape == expected.hidden_states.shape
-    assert len(graphs) == 1
-    names = [str(node.target) for node in graphs[0].graph.nodes]
-    started = [name for name in names if "_c10d_functional" in name and "wait" not in name]
+    started = collectives(*step(run, kind))
     assert len(started) >= fewest, started

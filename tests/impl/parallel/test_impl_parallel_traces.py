@@ -6,29 +6,30 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from impl_layers import HIDDEN, WIDTH, model, positions, tokens
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from impl_layers import positions, tokens
+from traced_ranks import (
+    BATCH,
+    EIGHT_BY_EIGHT,
+    SEQ,
+    STRIDED,
+    assert_runs_on_fake_tensors,
+    collectives,
+    layer_on,
+    one_rank,
+)
 
-from impl import LoraServingConfig, NeuronAttentionBase, RotaryEmbedding
+from impl import LoraServingConfig, NeuronAttentionBase
 
-SEQ, BATCH = 32, 8
 MESHES: dict[str, dict[str, Any]] = {
     "tensor": {"tp_degree": 4},
     "sequence": {"tp_degree": 4, "sequence_parallel_enabled": True},
     "context": {"tp_degree": 8, "cp_degree": 4},
     "context, sequence": {"tp_degree": 8, "cp_degree": 2, "sequence_parallel_enabled": True},
-    "strided": {
-        "tp_degree": 4,
-        "cp_degree": 2,
-        "strided_context_parallel_kernel_enabled": True,
-        "logical_nc_config": 2,
-    },
+    "strided": STRIDED,
     "data": {"tp_degree": 4, "attention_dp_degree": 2, "cp_degree": 2},
     "data, pieces": {"tp_degree": 8, "attention_dp_degree": 2, "ep_dispatch_cc_option": "RS_AG"},
     "cores": {"tp_degree": 4, "flash_decoding_enabled": True},
-    "eight by eight": {"tp_degree": 64, "cp_degree": 8, "attention_dp_degree": 8},
+    "eight by eight": EIGHT_BY_EIGHT,
 }
 LAYERS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -56,42 +57,14 @@ def served() -> Iterator[tuple[str, str]]:
 
 @pytest.fixture
 def run(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
-    fields = dict(MESHES[request.param])
-    dist.init_process_group(
-        "fake",
-        store=FakeStore(),
-        rank=min(5, fields["tp_degree"] - 1),
-        world_size=fields["tp_degree"],
-    )
-    if fields.get("attention_dp_degree", 1) > 1:
-        fields["is_continuous_batching"] = True
-    yield {"batch_size": BATCH, "seq_len": 64, "fused_qkv": True, **fields}
-    dist.destroy_process_group()
+    with one_rank(MESHES[request.param]) as fields:
+        yield fields
 
 
 def made(
     run: dict[str, Any], lora: LoraServingConfig | None = None, **features: Any
 ) -> NeuronAttentionBase:
-    heads, kv = 64, 1
-    run = {**run, "lora_config": lora}
-    config = model(
-        torch.float32,
-        run,
-        num_attention_heads=heads,
-        num_key_value_heads=kv,
-        num_cores_per_group=features.get("num_cores_per_group", 1),
-    )
-    return NeuronAttentionBase(
-        config,
-        HIDDEN,
-        heads,
-        kv,
-        WIDTH,
-        rotary_emb=RotaryEmbedding(WIDTH),
-        qkv_bias=True,
-        o_bias=True,
-        **features,
-    ).eval()
+    return layer_on({**run, "lora_config": lora}, 1, **features)
 
 
 def steps(layer: NeuronAttentionBase, run: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -121,14 +94,7 @@ def steps(layer: NeuronAttentionBase, run: dict[str, Any]) -> dict[str, dict[str
 def test_every_mesh_runs_on_fake_tensors(run: dict[str, Any], kind: str) -> None:
     layer = made(run, **LAYERS[kind])
     for arguments in steps(layer, run).values():
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            fake = {
-                name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
-                for name, value in arguments.items()
-            }
-            got = layer(**fake)
-        assert got.hidden_states.shape == arguments["hidden_states"].shape
-        assert got.present_key_value[0].shape == arguments["kv_mgr"].past_key_values[0].shape
+        assert_runs_on_fake_tensors(layer, arguments)
 
 
 # those with a collective of their own; the others are made of the same
@@ -147,17 +113,4 @@ def test_a_mesh_compiles_as_one_graph_with_its_collectives(
     run: dict[str, Any], kind: str, phase: str
 ) -> None:
     layer = made(run, **LAYERS[kind])
-    arguments = steps(layer, run)[phase]
-    graphs: list[torch.fx.GraphModule] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph
-
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=False)
-    got, expected = compiled(**arguments), layer(**arguments)
-    assert got.hidden_states.shape == expected.hidden_states.shape
-    assert len(graphs) == 1
-    collectives = [node for node in graphs[0].graph.nodes if "_c10d_functional" in str(node.target)]
-    assert collectives
+    assert collectives(layer, steps(layer, run)[phase])
