@@ -32,6 +32,23 @@ U = 2.0**-53
 ELEMENTWISE = 32
 """Roundings that norm, RoPE and temperature add to a query or key, more than enough."""
 
+EVERYTHING = AttentionConfig(
+    hidden_size=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+    qkv_bias=True,
+    o_bias=True,
+    clip_qkv=1.1,
+    qk_norm=QKNorm(kind="layer"),
+    rope=RopeConfig(),
+    softcap=2.0,
+    sliding_window=3,
+    learned_sinks_size=1,
+    temperature_tuning=TemperatureTuning(floor_scale=2.0, attn_scale=0.5),
+)
+"""A layer whose every step has a gradient of its own."""
+
 sampled = settings(deadline=None, max_examples=40, derandomize=True)
 
 BoolArray = NDArray[np.bool_]

@@ -16,27 +16,10 @@ from golden import (
     AttentionConfig,
     Capture,
     Observer,
-    QKNorm,
-    RopeConfig,
-    TemperatureTuning,
     unobserved,
 )
+from tests.golden.layers import EVERYTHING
 
-EVERYTHING = AttentionConfig(
-    hidden_size=6,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=4,
-    qkv_bias=True,
-    o_bias=True,
-    clip_qkv=1.1,
-    qk_norm=QKNorm(kind="layer"),
-    rope=RopeConfig(),
-    softcap=2.0,
-    sliding_window=3,
-    learned_sinks_size=1,
-    temperature_tuning=TemperatureTuning(floor_scale=2.0, attn_scale=0.5),
-)
 LENGTHS = np.array([5, 3])
 
 

@@ -37,6 +37,7 @@ from golden.gradients import LayerGradients, context_encoding_vjp, token_generat
 from golden.gradients.steps import Summed, projection_vjp
 from tests.golden import torch_layers
 from tests.golden.layers import (
+    EVERYTHING,
     LAYERS,
     assert_within,
     identical,
@@ -201,23 +202,6 @@ def test_gradients_of_any_layer_are_those_of_autograd(
     config: AttentionConfig, seed: int, decode: bool
 ) -> None:
     check_against_autograd(layer_case(config, seed, decode=decode))
-
-
-EVERYTHING = AttentionConfig(
-    hidden_size=6,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=4,
-    qkv_bias=True,
-    o_bias=True,
-    clip_qkv=1.1,
-    qk_norm=QKNorm(kind="layer"),
-    rope=RopeConfig(),
-    softcap=2.0,
-    sliding_window=3,
-    learned_sinks_size=1,
-    temperature_tuning=TemperatureTuning(floor_scale=2.0, attn_scale=0.5),
-)
 
 
 def rms_only(norm: Any, weight: Any, unit: Array, scale: Array, d: Array, *_: Any) -> Any:
