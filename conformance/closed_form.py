@@ -25,10 +25,12 @@ from typing import NamedTuple
 import numpy as np
 
 from conformance.error_model import Evaluate
-from conformance.fine_stages import CANCELLED, FineStages
+from conformance.fine_stages import CANCELLED, FineStages, Operands, operands_of
+from conformance.inputs import CoreInputs
 from conformance.pieces import Piece
 from conformance.precision import PrecisionProfile
 from conformance.stored_variance import rounding_variance
+from conformance.sums import narrow
 from golden import FORMATS, Accumulation, Array, AttentionConfig
 from golden.attention import grouped_matmul
 from golden.formats import Format
@@ -144,7 +146,7 @@ def is_fine(profile: PrecisionProfile) -> bool:
 
 def closed_form(
     evaluate: Evaluate,
-    v: Array,
+    inputs: CoreInputs,
     config: AttentionConfig,
     profile: PrecisionProfile,
     pieces: Iterable[Piece] = (Piece(),),
@@ -153,12 +155,16 @@ def closed_form(
 
     Args:
         evaluate: runs golden; called with `observe=`, `queries=` and `keys=`.
-        v: values, `(batch, num_key_value_heads, kv_len, head_dim)`.
+        inputs: of the case.
         config: the layer.
         profile: what the subject claims.
         pieces: all queries in order, with the keys they see.
     """
-    parts = [_piece(evaluate, v, config, profile, piece) for piece in pieces]
+    operands = operands_of(inputs)
+    parts = [
+        _piece(evaluate, inputs.v, operands.piece(piece), config, profile, piece)
+        for piece in pieces
+    ]
     variance, scale, softcap, sink = zip(*parts, strict=True)
     return ClosedForm(_joined(variance), _joined(scale), _joined(softcap), _joined(sink))
 
@@ -171,26 +177,36 @@ def _joined(parts: Sequence[Array]) -> Array:
 def _piece(
     evaluate: Evaluate,
     v: Array,
+    operands: Operands,
     config: AttentionConfig,
     profile: PrecisionProfile,
     piece: Piece,
 ) -> tuple[Array, Array, Array, Array]:
     """Return the fields of the closed form for some queries."""
-    v = v[:, :, piece.keys]
     stages: Stages | FineStages
     if is_fine(profile):
-        stages = FineStages(profile, config)
+        stages = FineStages(profile, config, operands)
         evaluate(observe=stages, queries=piece.queries, keys=piece.keys)
-        variance = stages.output_variance(v)
+        variance = stages.output_variance()
     else:
         stages = Stages(profile, config, lambda stage, form, x: rounding_variance(form, x))
         evaluate(observe=stages, queries=piece.queries, keys=piece.keys)
-        variance = stages.stored("attn", stages.seen["attn"]) + internal_variance(stages, v)
+        internal = internal_variance(stages, v[:, :, piece.keys])
+        variance = stages.stored("attn", stages.seen["attn"]) + internal
     p, o = stages.seen["weights"], stages.seen["attn"]
+    foremost = p.argmax(axis=-1)[..., None]
+    of_sink: Array | float = 0.0
+    if config.learned_sinks_size is not None:
+        of_sink = 1.0 - p.sum(axis=-1, keepdims=True)
 
     def moved_by(h: Array) -> Array:
-        weighted = p * h
-        moved: Array = grouped_matmul(weighted, v) - o * weighted.sum(axis=-1, keepdims=True)
+        # All move by as much as the largest weight's score does, which a sink alone withstands, and
+        # by what is left, in which the largest weight has no part: float32 then cancels nothing.
+        most = np.take_along_axis(h, foremost, axis=-1)
+        weighted = narrow(p * (h - most))
+        moved = grouped_matmul(weighted, operands.v).astype(np.float64)
+        moved -= o * weighted.sum(axis=-1, keepdims=True)
+        moved += most * of_sink * o
         return moved
 
     x, cap = stages.seen["scores"], config.softcap
@@ -199,5 +215,4 @@ def _piece(
         ratio = stages.seen["softcap_tanh"]
         slope = x * (1.0 - np.square(ratio))
         by_cap = moved_by(cap * ratio - slope)
-    sink = -o * (1.0 - p.sum(axis=-1, keepdims=True)) if config.learned_sinks_size else 0 * o
-    return np.maximum(variance, 0.0), moved_by(slope), by_cap, sink
+    return np.maximum(variance, 0.0), moved_by(slope), by_cap, -o * of_sink

@@ -41,7 +41,8 @@ class Reference:
             `k_cache` and `v_cache`, the entries written by this call
             `(batch, num_key_value_heads, q_len, head_dim)`; a schedule has an output for each of
             its parts, `1.prompt`, `2.decode`, and the whole cache by position. Scope `core`:
-            `output` `(batch, num_attention_heads, q_len, head_dim)`. A backward case has a gradient
+            `output` `(batch, num_attention_heads, q_len, head_dim)`, evaluated in pieces where
+            there are many scores (`conformance.pieces`). A backward case has a gradient
             for each thing that is differentiated (`conformance.gradients`).
         rows: per output, which rows (all axes but the last) hold something: not padding.
         evaluate: runs the golden again: with an observer (`observe=`), with another configuration
@@ -82,7 +83,10 @@ def reference(case: Case, inputs: Inputs, cache: ScaleCache | None = None) -> Re
         used = inputs.position_ids >= 0
         written = np.repeat(used[:, None], case.config.num_key_value_heads, axis=1)
         rows = {"output": used, "k_cache": written, "v_cache": written}
-    outputs = evaluate() if cache is None else cache.outputs(case, inputs, evaluate)
+    exact = evaluate
+    if isinstance(inputs, CoreInputs):
+        exact = in_pieces(evaluate, core_pieces(inputs, golden.layer_mask(case.config)))
+    outputs = exact() if cache is None else cache.outputs(case, inputs, exact)
     return Reference(outputs, rows, evaluate)
 
 
@@ -117,14 +121,13 @@ def _core(case: Case, inputs: CoreInputs) -> Callable[..., Outputs]:
 def by_pieces(case: Case, inputs: CoreInputs, expected: Reference) -> Reference:
     """Return the golden of a core evaluated in pieces of its queries; the same one if it is small.
 
-    Its outputs are evaluated so too: a sum over fewer keys may be rounded another way, and a run
-    that changes nothing must find no error.
+    Its outputs are so already: a sum over fewer keys may be rounded another way, and a run that
+    changes nothing must find no error.
     """
     pieces = core_pieces(inputs, golden.layer_mask(case.config))
     if len(pieces) == 1:
         return expected
-    evaluate = in_pieces(expected.evaluate, pieces)
-    return Reference(evaluate(), expected.rows, evaluate)
+    return replace(expected, evaluate=in_pieces(expected.evaluate, pieces))
 
 
 def _layer(case: Case, inputs: LayerInputs) -> Callable[..., Outputs]:

@@ -59,7 +59,8 @@ def core_pieces(
     width = batch * heads * inputs.k.shape[2]
     if width * q_len < WHOLE:
         return (Piece(queries),)
-    rows = max(SCORES // width, LEAST)
+    # rows far apart see different keys, so that a piece of them must be narrow
+    rows = max(SCORES // (width * chosen.step), LEAST)
     count = max(len(chosen) // rows, 1)
     edges = [len(chosen) * i // count for i in range(count + 1)]
     found = []

@@ -18,7 +18,7 @@ import numpy as np
 
 from conformance.ordered_sums import Path, claimed, nearest_sums, path_of
 from conformance.precision import PrecisionProfile
-from conformance.sums import accumulation_error
+from conformance.sums import Walk, accumulation_error, walk_of
 from golden import FORMATS, Accumulation, Array
 from golden.formats import Format
 
@@ -50,12 +50,17 @@ class Dither:
         left: stages that get the other errors but are not rounded: their caller does that.
         paths: of products of queries and keys in the claimed order, by how many came before in a
             run: all runs share those that the first finds.
+        walks: where runs share what is known of sums: the first one leaves here what it finds.
+            Products of queries and keys are the same in all runs of a core. Other sums are so to a
+            few ulps, and their scale with them, where nothing is stored coarser than it is summed.
+            None is for runs that share nothing.
     """
 
     profile: PrecisionProfile
     rng: np.random.Generator
     left: frozenset[str] = frozenset()
     paths: list[Path] = field(default_factory=list)
+    walks: dict[str, Walk] | None = None
     _products: int = 0
     _total: Array | float = 1.0
 
@@ -71,7 +76,8 @@ class Dither:
             if stage == "qk" or stage == "denominator":
                 return value
         elif accumulation is not None and stored == self.profile.accumulation:
-            error = accumulation_error(self.profile, stage, value, accumulation, self.rng)
+            known = self._walk(stage, value, accumulation)
+            error = accumulation_error(self.profile, stage, value, accumulation, self.rng, known)
             value = value + EXCESS * error
         # a coarser store hides what a function errs by beyond it
         if stage in _FUNCTIONS and self.profile.exp_ulps and stored == self.profile.accumulation:
@@ -81,6 +87,15 @@ class Dither:
         if stage in self.left:
             return value
         return FORMATS[stored].stochastic(value, self.rng, margin=MARGIN)
+
+    def _walk(self, stage: str, value: Array, sums: Accumulation) -> Walk | None:
+        """Return what other runs know of the sum, or None."""
+        if self.walks is None or (stage != "qk" and not _all_fine(self.profile)):
+            return None
+        if stage not in self.walks:
+            walk = walk_of(self.profile, stage, value, sums)
+            self.walks[stage] = walk.narrow() if stage == "qk" else walk
+        return self.walks[stage]
 
     def _in_order(self, stage: str, value: Array, sums: Accumulation) -> Array:
         """Return sums of claimed order with their errors, undivided where that comes last."""
@@ -98,6 +113,12 @@ class Dither:
         value = value + EXCESS * noise
         stored = FORMATS[self.profile.accumulation].stochastic(value, self.rng, margin=MARGIN)
         return np.where(path.last > 0.0, stored, value)  # the last addition stores it
+
+
+def _all_fine(profile: PrecisionProfile) -> bool:
+    """Tell whether every stage is stored at least as finely as sums accumulate."""
+    coarsest = min(FORMATS[form].precision for form in profile.stores.values())
+    return coarsest >= FORMATS[profile.accumulation].precision
 
 
 @dataclass(slots=True)

@@ -8,9 +8,9 @@ continued to all rows. Should the two disagree on the sampled rows, the long way
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 
 import numpy as np
 
@@ -25,7 +25,8 @@ from conformance.pieces import Piece, core_pieces
 from conformance.precision import PrecisionProfile
 from conformance.rounding_runs import EXCESS, Dither, nearest_runs
 from conformance.score_tests import Direction, sampled_score_tests
-from golden import FORMATS, Accumulation, Array, Observer
+from conformance.sums import Walk
+from golden import FORMATS, Array, AttentionConfig, Observer
 
 STRIDE = 16
 """Queries of which one is evaluated by the Monte Carlo runs."""
@@ -55,9 +56,10 @@ def predict_sampled(
     """Predict the error scale of a long case, or None if the closed form does not describe it."""
     exact, counted = expected.outputs["output"], expected.rows["output"]
     mask = golden.layer_mask(case.config)
-    form = closed_form(expected.evaluate, inputs.v, case.config, profile, core_pieces(inputs, mask))
+    form = closed_form(expected.evaluate, inputs, case.config, profile, core_pieces(inputs, mask))
     some = slice(STRIDE // 2, None, STRIDE)
-    errors = _errors(expected, profile, core_pieces(inputs, mask, some), exact[:, :, some], seed)
+    pieces = core_pieces(inputs, mask, some)
+    errors = _errors(expected, case.config, profile, pieces, exact[:, :, some], seed)
     row_variance = form.variance.mean(axis=-1)
     variance = (row_variance[..., None] + form.variance) / 2
     rows = counted & (row_variance > 0)
@@ -98,25 +100,26 @@ def predict_sampled(
 
 def _errors(
     expected: Reference,
+    config: AttentionConfig,
     profile: PrecisionProfile,
     pieces: tuple[Piece, ...],
     exact: Array,
     seed: int,
 ) -> Array:
     """Return errors of the Monte Carlo runs and of those to nearest, piece by piece."""
-    claims = _without_copies(profile) if is_fine(profile) else _coarse(profile)
+    fine = is_fine(profile)
+    claims = _without_copies(profile, config) if fine else _coarse(profile)
     dithers = [
         Dither(claims, np.random.Generator(np.random.SFC64([seed, run]))) for run in range(FEW_RUNS)
     ]
     found = []
     for piece in pieces:
+        walks: dict[str, Walk] = {}
+        drawn = [replace(dither, walks=walks) for dither in dithers]
         nearest = nearest_runs(profile, seed)  # these begin anew: alike in every piece
-        observers: tuple[Observer, ...] = (*dithers, *nearest)
-        products = _Products()
+        observers: tuple[Observer, ...] = (*drawn, *nearest)
         runs = [
-            expected.evaluate(
-                observe=products.before(observer), queries=piece.queries, keys=piece.keys
-            )["output"]
+            expected.evaluate(observe=observer, queries=piece.queries, keys=piece.keys)["output"]
             for observer in observers
         ]
         found.append(np.stack(runs) - exact[:, :, piece.place])
@@ -125,34 +128,18 @@ def _errors(
     return errors
 
 
-@dataclass(slots=True)
-class _Products:
-    """Keeps the sum of squares of queries times keys, which is the same in all runs of a piece."""
+def _without_copies(profile: PrecisionProfile, config: AttentionConfig) -> PrecisionProfile:
+    """Return the profile without storing values again in a format that they have.
 
-    squares: Array | None = None
-
-    def before(self, observer: Observer) -> Observer:
-        """Return an observer that is given the sum that was kept."""
-
-        def observe(stage: str, value: Array, accumulation: Accumulation | None = None, /) -> Array:
-            if stage == "qk" and accumulation is not None:
-                accumulation = replace(accumulation, squares=partial(self._kept, accumulation))
-            return observer(stage, value, accumulation)
-
-        return observe
-
-    def _kept(self, accumulation: Accumulation) -> Array:
-        if self.squares is None:
-            self.squares = accumulation.squares()
-        return self.squares
-
-
-def _without_copies(profile: PrecisionProfile) -> PrecisionProfile:
-    """Return the profile without storing exponentials again in a format that they have."""
+    So are exponentials, and stored products times a power of two.
+    """
     stores = dict(profile.stores)
-    first, again = (stores.get(stage) for stage in ("exp", "unnormalised_weights"))
-    if first is not None and again == first:
-        del stores["unnormalised_weights"]
+    copies = [("exp", "unnormalised_weights")]
+    if math.frexp(config.softmax_scale)[0] == 0.5:
+        copies.append(("qk", "scores"))
+    for first, again in copies:
+        if stores.get(first) is not None and stores.get(again) == stores[first]:
+            del stores[again]
     return replace(profile, stores=stores)
 
 

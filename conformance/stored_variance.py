@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from conformance.rounding_runs import EXCESS, MARGIN
 from golden import Array
 from golden.formats import Format
 
-_EXPONENT = np.uint64(0x7FF) << np.uint64(52)
+_EXPONENT = np.uint32(0xFF << 23)
+"""Bits of the exponent of float32."""
+_ONE = np.float32(1.0).view(np.uint32)
 
 
 def drawn_variance(place: Array) -> Array:
@@ -26,9 +30,30 @@ def anywhere_variance(form: Format, x: Array) -> Array:
     """Return `ulp(x)**2 / 12`: of values that may lie anywhere between their neighbours.
 
     Zero for zero; subnormals are left to the gap of normal numbers.
+
+    Args:
+        form: stores the values.
+        x: float32.
     """
-    variance: Array = spacing(x)
-    variance *= 2.0 ** (1 - form.precision) / np.sqrt(12.0)
+    variance: Array = (x.view(np.uint32) & _EXPONENT).view(np.float32)
+    variance *= 2.0 ** (1 - form.precision) / math.sqrt(12.0)
+    variance *= variance
+    return variance
+
+
+def relative_variance(form: Format, x: Array) -> Array:
+    """Return `anywhere_variance` over `x**2`, which keeps its size however small `x` is.
+
+    That is a function of the significand alone; zero and subnormals have that of a power of two.
+
+    Args:
+        form: stores the values.
+        x: float32.
+    """
+    bits = x.view(np.uint32) & ~_EXPONENT
+    bits |= _ONE
+    variance: Array = bits.view(np.float32)  # from 1 to 2, with the value's sign
+    np.divide(2.0 ** (1 - form.precision) / math.sqrt(12.0), variance, out=variance)
     variance *= variance
     return variance
 
@@ -45,12 +70,6 @@ def settling_variance(form: Format, x: Array, before: Array) -> Array:
     share = np.exp(-2 * np.pi**2 * before / np.square(gap))
     variance: Array = (share * known + (1.0 - share) / 12) * np.square(gap)
     return np.where(x == 0.0, 0.0, variance)
-
-
-def spacing(x: Array) -> Array:
-    """Return the power of two at or below the size of a value, zero for zero; a new array."""
-    power: Array = (np.ascontiguousarray(x).view(np.uint64) & _EXPONENT).view(np.float64)
-    return power
 
 
 def unknown_variance(stage: str, form: Format, x: Array) -> Array:

@@ -29,7 +29,10 @@ walk; Cochran (1977), Sampling Techniques, section 2.5, for sums of draws withou
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,6 +43,36 @@ BINADE = 3.0 / (8.0 * math.log(2.0))
 """Mean of `(2**floor(log2 s) / s)**2` over a binade, evenly in the logarithm of `s`."""
 _STEPS = 16
 """Tokens of a sequence that may be generated one after the other."""
+
+
+class Walk(NamedTuple):
+    """What is known of sums before a path of partial sums is drawn.
+
+    Attributes:
+        straight: mean sum of squares of partial sums on the straight line to the sum.
+        bent: of the bridge about it.
+        products: of the products, where they are rounded before they are added.
+        blocks: how many blocks share the sum.
+        accumulation: what it was found from, each part of it computed once.
+    """
+
+    straight: Array
+    bent: Array
+    products: Array
+    blocks: Array
+    accumulation: Accumulation
+
+    def narrow(self) -> Walk:
+        """Return it in float32."""
+        straight, bent, products, blocks = (narrow(np.asarray(part)) for part in self[:4])
+        return Walk(straight, bent, products, blocks, self.accumulation)
+
+
+def narrow(x: Array) -> Array:
+    """Return variances, or what they are made of, in float32: a scale needs 2 digits, not 16."""
+    values: Any = x.astype(np.float32)
+    held: Array = values
+    return held
 
 
 def accumulation_scale(
@@ -65,7 +98,17 @@ def accumulation_variance(
     profile: PrecisionProfile, stage: str, value: Array, accumulation: Accumulation
 ) -> Array:
     """Return the square of `accumulation_scale`, which takes the same."""
-    return _variance(profile, stage, value, accumulation, None)
+    accumulation = _once(accumulation)
+    n = np.maximum(accumulation.count(), 1.0)
+    squares = accumulation.squares()
+    block = np.minimum(block_length(profile, stage, value.shape, n), n)
+    drift, bridge = partial_sums(n, block)
+    products = 0.0 if stage == "denominator" else 1.0
+    # m**2 drift + (squares / n - m**2) bridge + squares
+    held = squares.dtype  # float32 where that is what the caller counts in
+    energy = np.square(value.astype(held)) * ((drift - bridge) / np.square(n)).astype(held)
+    energy += squares * (bridge / n + products).astype(held)
+    return _variance(profile, stage, value, accumulation, energy)
 
 
 def accumulation_error(
@@ -74,6 +117,7 @@ def accumulation_error(
     value: Array,
     accumulation: Accumulation,
     rng: np.random.Generator,
+    walk: Walk | None = None,
 ) -> Array:
     """Draw the rounding error of a sum, elementwise: of the scale's size, on a path of its own.
 
@@ -83,10 +127,39 @@ def accumulation_error(
         value: see there.
         accumulation: see there.
         rng: source of the randomness.
+        walk: what `walk_of` returns, if it is known.
     """
+    walk = walk_of(profile, stage, value, accumulation) if walk is None else walk
+    energy = path_energy(walk.straight, walk.bent, walk.blocks, rng)
+    energy += walk.products
     error: Array = rng.standard_normal(value.shape)
-    error *= np.sqrt(_variance(profile, stage, value, accumulation, rng))
+    error *= np.sqrt(_variance(profile, stage, value, walk.accumulation, energy))
     return error
+
+
+def walk_of(
+    profile: PrecisionProfile, stage: str, value: Array, accumulation: Accumulation
+) -> Walk:
+    """Return what is known of the partial sums of a sum; takes what `accumulation_scale` does."""
+    accumulation = _once(accumulation)
+    n = np.maximum(accumulation.count(), 1.0)
+    squares = accumulation.squares()
+    block = np.minimum(block_length(profile, stage, value.shape, n), n)
+    drift, bridge = partial_sums(n, block)
+    mean_square = np.square(value / n)
+    spread = np.maximum(squares / n - mean_square, 0.0)
+    products = np.zeros(()) if stage == "denominator" else squares
+    return Walk(mean_square * drift, spread * bridge, products, n / block, accumulation)
+
+
+def _once(sums: Accumulation) -> Accumulation:
+    """Return an accumulation each part of which is computed once at most."""
+    return replace(
+        sums,
+        squares=functools.cache(sums.squares),
+        visible=None if sums.visible is None else functools.cache(sums.visible),
+        rest=None if sums.rest is None else functools.cache(sums.rest),
+    )
 
 
 def _variance(
@@ -94,30 +167,18 @@ def _variance(
     stage: str,
     value: Array,
     accumulation: Accumulation,
-    rng: np.random.Generator | None,
+    energy: Array,
 ) -> Array:
-    """Return the error's variance over all paths, or on paths that `rng` draws."""
-    n = np.maximum(accumulation.count(), 1.0)
-    squares = accumulation.squares()
-    block = np.minimum(block_length(profile, stage, value.shape, n), n)
-    drift, bridge = partial_sums(n, block)
-    products = 0.0 if stage == "denominator" else 1.0
-    if rng is None:  # m**2 drift + (squares / n - m**2) bridge + squares
-        energy = np.square(value) * ((drift - bridge) / np.square(n))
-        energy = energy + squares * (bridge / n + products)
-    else:
-        mean_square = np.square(value / n)
-        spread = np.maximum(squares / n - mean_square, 0.0)
-        energy = path_energy(mean_square * drift, spread * bridge, n / block, rng)
-        energy = energy + products * squares
+    """Return the error's variance where rounded partial sums have this sum of squares."""
     form = FORMATS[profile.accumulation]
     energy *= BINADE * form.unit_roundoff**2 / 3
-    variance: Array = np.where((n > 1) & ~form.holds(value), energy, 0.0)
+    several = np.maximum(accumulation.count(), 1.0) > 1
+    variance: Array = np.where(several & ~form.holds(value), energy, 0.0)
     if accumulation.rest is not None:
         variance = np.minimum(variance, np.square(np.maximum(accumulation.rest(), 0.0)))
     if profile.operands and stage != "denominator":  # both factors of every product
         unit = FORMATS[profile.operands].unit_roundoff
-        variance = variance + 2 * BINADE * unit**2 * squares / 3
+        variance = variance + 2 * BINADE * unit**2 * accumulation.squares() / 3
     return variance
 
 
@@ -138,7 +199,7 @@ def path_energy(
         blocks: how many blocks share the sum, each on its own path.
         rng: source of the randomness.
     """
-    z = rng.standard_normal(straight.shape)
+    z = rng.standard_normal(straight.shape, dtype=straight.dtype)
     change: Array = np.sqrt(straight * bent)
     change *= 2.0
     change *= z

@@ -15,6 +15,7 @@ from golden.errors import ConfigError
 from golden.stages import Array
 
 _SIGNIFICAND_BITS = 52  # of float64, without the hidden bit
+_EXPONENT = np.uint64(0x7FF) << np.uint64(_SIGNIFICAND_BITS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +41,8 @@ class Format:
 
     def ulp(self, x: Array) -> Array:
         """Return the gap between neighbouring values of this format at `x`, elementwise."""
-        _, exponent = np.frexp(x)
-        exponent = np.where(x == 0, self.min_exponent, np.maximum(exponent - 1, self.min_exponent))
-        gap: Array = np.ldexp(1.0, exponent - (self.precision - 1))
+        power = (np.asarray(x, dtype=np.float64).view(np.uint64) & _EXPONENT).view(np.float64)
+        gap: Array = np.maximum(power, 2.0**self.min_exponent) * 2.0 ** (1 - self.precision)
         return gap
 
     def nearest(self, x: Array) -> Array:
@@ -113,16 +113,19 @@ class Format:
         magnitude = np.abs(x)
         if not magnitude.min(initial=np.inf) >= 2.0**self.min_exponent:
             tiny = magnitude < 2.0**self.min_exponent
-            gap = 2.0 ** (self.min_exponent - (self.precision - 1))
-            rounded[tiny] = whole(x[tiny] / gap) * gap
+            tiny &= magnitude > 0.0  # a softmax has many zeros, whose bits are right already
+            if tiny.any():
+                gap = 2.0 ** (self.min_exponent - (self.precision - 1))
+                rounded[tiny] = whole(x[tiny] / gap) * gap
         if magnitude.max(initial=0.0) <= self.largest / 2:  # rounding at most doubles it
             return rounded
         over = np.abs(rounded) > self.largest
+        over &= magnitude < np.inf  # masked scores, whose bits are right too
         if over.any():
             rounded[over] = np.copysign(np.inf, x[over])
-        special = ~np.isfinite(x)
-        if special.any():
-            rounded[special] = x[special]
+        unknown = np.isnan(x)
+        if unknown.any():
+            rounded[unknown] = x[unknown]
         return rounded
 
 

@@ -2,10 +2,9 @@
 
 A verdict is `judge_case` on an output that was computed before and conforms: it draws the inputs,
 runs golden, predicts the errors, and holds every statistic to its limit; the subject takes no time.
-Golden alone is what the verdict itself calls for the expected output,
-`conformance.expected.reference`, that is the dense `golden.attend`. For information the streamed
-golden takes its turns too, and a verdict whose error scale comes from a cache. A ratio is of
-contenders that took turns.
+Golden alone is one call of the dense `golden.attend`; a verdict evaluates golden in pieces of its
+queries (`conformance.pieces`). For information the streamed golden takes its turns too, and a
+verdict whose error scale comes from a cache. A ratio is of contenders that took turns.
 """
 
 from __future__ import annotations
@@ -117,7 +116,7 @@ def contenders(case: Case, profile: str, cache: ScaleCache) -> Contenders:
         if record.verdict != "CONFORMS":  # a finding takes a second look, which is not measured
             raise RuntimeError(f"output must conform to {case.id}, got {record.reason}")
 
-    streamed: dict[str, Any] = {
+    given: dict[str, Any] = {
         "q_positions": inputs.q_positions,
         "kv_positions": inputs.kv_positions,
         "mask": golden.layer_mask(config),
@@ -126,8 +125,8 @@ def contenders(case: Case, profile: str, cache: ScaleCache) -> Contenders:
     }
     return {
         "verdict": lambda: judge(None),
-        "golden": lambda: reference(case, inputs),
-        "streamed": lambda: attend_blockwise(inputs.q, inputs.k, inputs.v, **streamed),
+        "golden": lambda: golden.attend(inputs.q, inputs.k, inputs.v, **given),
+        "streamed": lambda: attend_blockwise(inputs.q, inputs.k, inputs.v, **given),
         "cached": lambda: judge(cache),
     }
 

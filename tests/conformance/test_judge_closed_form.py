@@ -59,7 +59,7 @@ def test_closed_form_agrees_with_the_monte_carlo_runs(
     case, inputs = prepared(name, regime, dtype)
     expected = reference(case, inputs)
     claims = profile_named(profile, dtype)
-    form = closed_form(expected.evaluate, inputs.v, case.config, claims)
+    form = closed_form(expected.evaluate, inputs, case.config, claims)
     scale = predict_scale(
         expected.evaluate, expected.outputs, expected.rows, claims, seed=1, runs=MANY_RUNS
     )
@@ -83,7 +83,7 @@ def test_derivatives_agree_with_differences_of_golden(name: str) -> None:
     case, inputs = prepared(name, "gaussian", "bfloat16")
     expected = reference(case, inputs)
     claims = profile_named("flash", "bfloat16")
-    form = closed_form(expected.evaluate, inputs.v, case.config, claims)
+    form = closed_form(expected.evaluate, inputs, case.config, claims)
     for direction in directions(case, inputs, expected):
         if direction.name == "softmax scale":
             slope, found = 100 * direction.slope, form.scale

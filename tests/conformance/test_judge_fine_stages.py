@@ -21,14 +21,16 @@ from conformance.closed_form import closed_form
 from conformance.error_model import FEW_RUNS, draw
 from conformance.expected import reference
 from conformance.fine_stages import FineStages
-from conformance.inputs import draw_core
+from conformance.inputs import CoreInputs, draw_core
 from conformance.judge import Judgement, judge_outputs
 from conformance.precision import profile_named
 from conformance.runner import judge_case, predicted
 from conformance.stored_variance import drawn_variance, settling_variance
 from conformance.subjects import CoreCall, Subject
+from conformance.sums import accumulation_variance
 from conformance.variants import dense, streamed
-from golden import FORMATS, AttentionConfig
+from golden import FORMATS, Accumulation, Array, AttentionConfig
+from golden.attention import grouped_matmul
 
 HEADS = AttentionConfig(hidden_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
 CONFIGS = {
@@ -63,7 +65,7 @@ def mean_ratio(name: str, regime: str, profile: str) -> tuple[float, float]:
     )
     inputs, claims = draw_core(case), profile_named(profile, "float32")
     expected = reference(case, inputs)
-    form = closed_form(expected.evaluate, inputs.v, case.config, claims)
+    form = closed_form(expected.evaluate, inputs, case.config, claims)
     errors = draw(expected.evaluate, expected.outputs, claims, seed=1, runs=RUNS, last={})
     rows = expected.rows["output"]
     drawn = np.square(errors["output"].stored[:RUNS]).mean(axis=(0, -1))[rows]
@@ -92,6 +94,91 @@ def test_agreement_is_lost_without_sums_and_without_exp() -> None:
         assert mean_ratio("plain", "gaussian", "flash")[0] > 1.1
     with mock.patch.object(FineStages, "_function", return_value=0.0):
         assert mean_ratio("plain", "gaussian", "nki")[0] > 1.5
+
+
+def plain_variance(case: Case, inputs: CoreInputs) -> tuple[Array, Array]:
+    """Return the closed form of flash in float32, term by term in float64, and its largest parts.
+
+    Those are what `sum_j a_j (v_j - o)**2` would be if nothing in it cancelled.
+    """
+    claims, form, config = profile_named("flash", "float32"), FORMATS["float32"], case.config
+    seen: dict[str, Array] = {}
+    sums: dict[str, Array] = {}
+
+    def observe(stage: str, value: Array, sum_: Accumulation | None = None, /) -> Array:
+        seen[stage] = value
+        if stage == "attn" and sum_ is not None:  # golden's own rest is roundoff in saturated rows
+            others = seen["weights"].copy()
+            np.put_along_axis(others, others.argmax(axis=-1)[..., None], 0.0, axis=-1)
+            squares = grouped_matmul(np.square(others), np.square(inputs.v))
+            sum_ = replace(sum_, rest=lambda: np.sqrt(squares))
+        if sum_ is not None:
+            sums[stage] = accumulation_variance(claims, stage, value, sum_)
+        return value
+
+    def stored(x: Array) -> Array:
+        mantissa, exponent = np.frexp(np.where(np.isinf(x), 0.0, x))
+        return np.where(mantissa == 0, 0.0, np.square(np.ldexp(1.0, exponent - 24)) / 12)
+
+    reference(case, inputs).evaluate(observe=observe)
+    e, p, o, total = (seen[name] for name in ("exp", "weights", "attn", "denominator"))
+    v = inputs.v.repeat(o.shape[1] // inputs.v.shape[1], axis=1)
+    scores = (sums["qk"] + stored(seen["qk"])) * config.softmax_scale**2
+    if np.log2(config.softmax_scale) % 1:
+        scores += stored(seen["scores"])
+    scores += stored(seen["shifted_scores"])
+    exps = stored(e) * np.where(e == 1.0, 2.0 - 0.375, 2.0)  # F2
+    moved = np.square(p) * scores + exps / np.square(total)
+    first = e.argmax(axis=-1)[..., None]
+    one = np.take_along_axis(e, first, axis=-1) == 1.0
+    of_first = np.take_along_axis(moved, first, axis=-1)
+    others = (moved.sum(axis=-1, keepdims=True) - of_first) * np.square(total)
+    before = others + np.square(np.where(one, total - 1, total)) * of_first + sums["denominator"]
+    by_total = sums["denominator"] + settling_variance(form, total, before)
+    quotient = 1.0 / form.nearest(total)
+    gap = form.ulp(quotient)
+    placed = drawn_variance(np.mod(quotient / gap, 1.0)) * np.square(gap)
+    weights = stored(p)
+    known = one & (total < 2.0)
+    placed = np.where(known, placed, np.take_along_axis(weights, first, axis=-1))
+    np.put_along_axis(weights, first, placed, axis=-1)  # F4
+    apart = np.square(v[:, :, None] - o[..., None, :])
+    variance = np.einsum("bhqk,bhqkd->bhqd", moved, apart)
+    variance += np.einsum("bhqk,bhkd->bhqd", weights, np.square(v))
+    variance += by_total / np.square(total) * np.square(o) + sums["attn"]
+    np.put_along_axis(moved, first, 0.0, axis=-1)  # the largest weight's term is kept apart
+    parts = np.einsum("bhqk,bhkd->bhqd", moved, np.square(v))
+    parts += np.square(o) * moved.sum(axis=-1, keepdims=True)
+    return variance + settling_variance(form, o, variance), 2 * parts
+
+
+@pytest.mark.parametrize("regime", ["gaussian", "peaked", "large"])
+@pytest.mark.parametrize("sink", [None, 0.0, 55.0])
+def test_closed_form_in_float32_is_the_plain_one_within_its_roundoff(
+    regime: str, sink: float | None
+) -> None:
+    """Saturated rows, and rows whose sink leaves weights of 1e-24 with squares below float32."""
+    config = replace(HEADS, learned_sinks_size=None if sink is None else 1)
+    workload = Workload(phase="cte", lengths=(48,))
+    case = Case(config=config, workload=workload, dtype="float32", regime=regime, scope="core")
+    inputs = draw_core(case)
+    if sink is not None:
+        products = inputs.q @ inputs.k.repeat(2, axis=1).swapaxes(-1, -2)
+        score = config.softmax_scale * products.max(axis=(0, 2, 3))
+        inputs = replace(inputs, sinks=sink + score)
+    plain, parts = plain_variance(case, inputs)
+    expected = reference(case, inputs)
+    claims = profile_named("flash", "float32")
+    found = closed_form(expected.evaluate, inputs, config, claims).variance
+    largest = np.abs(expected.outputs["output"]).max(axis=-1, keepdims=True)
+    roundoff = np.square(2.0**-46 * largest) + 2.0**-252  # of golden; and float32's least number
+    # Sums of at most 48 terms, each the product of a dozen float32 values, err by 60 units; so do
+    # the three parts of which the square of a difference is made.
+    bound = 60 * 2.0**-24 * (plain + parts) + roundoff
+    assert (np.abs(found - plain) <= bound).all(), np.max(np.abs(found - plain) / bound)
+    # a bound of less than 1 % for most elements; in a saturated row the variance itself is roundoff
+    told = plain > roundoff
+    assert np.median(bound[told] / plain[told]) < 0.01
 
 
 def test_places_average_to_the_variance_of_nearest_and_are_zero_on_the_format() -> None:
