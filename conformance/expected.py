@@ -12,11 +12,13 @@ import numpy as np
 
 import golden
 from conformance.cases import Case
+from conformance.closed_form import ClosedForm, closed_form, is_long
 from conformance.error_model import Evaluate, Outputs, RowMask
 from conformance.gradients.expected import gradient_evaluation
 from conformance.gradients.inputs import GradientInputs
 from conformance.inputs import CoreInputs, LayerInputs
 from conformance.pieces import core_pieces, in_pieces
+from conformance.precision import PrecisionProfile
 from conformance.scale_cache import ScaleCache
 from conformance.serve_expected import INPUT_NORM_EPS, ServeGolden, serve_rows
 from conformance.serve_inputs import ServeInputs
@@ -49,14 +51,21 @@ class Reference:
             of the same shapes (`config=`), or with some arrays replaced by name (`weights=`;
             scope `core` has `sinks` alone). Scope `core` can evaluate some queries alone
             (`queries=`, a slice of them), and leave out keys that none of them sees (`keys=`).
+        form: closed form of a long core's errors, if it was evaluated along with the outputs.
     """
 
     outputs: Outputs
     rows: Mapping[str, RowMask]
     evaluate: Evaluate
+    form: ClosedForm | None = None
 
 
-def reference(case: Case, inputs: Inputs, cache: ScaleCache | None = None) -> Reference:
+def reference(
+    case: Case,
+    inputs: Inputs,
+    cache: ScaleCache | None = None,
+    profile: PrecisionProfile | None = None,
+) -> Reference:
     """Evaluate the golden on a case's inputs.
 
     Args:
@@ -64,6 +73,8 @@ def reference(case: Case, inputs: Inputs, cache: ScaleCache | None = None) -> Re
         inputs: its inputs.
         cache: where outputs may be kept; those of a schedule are not, since golden's later runs
             need what its first one wrote.
+        profile: what the outputs will be judged under, if it is known: without a cache the closed
+            form of a long core's errors comes of the same evaluation.
     """
     if isinstance(inputs, ServeInputs):
         served = ServeGolden(case, inputs)
@@ -85,7 +96,11 @@ def reference(case: Case, inputs: Inputs, cache: ScaleCache | None = None) -> Re
         rows = {"output": used, "k_cache": written, "v_cache": written}
     exact = evaluate
     if isinstance(inputs, CoreInputs):
-        exact = in_pieces(evaluate, core_pieces(inputs, golden.layer_mask(case.config)))
+        pieces = core_pieces(inputs, golden.layer_mask(case.config))
+        if cache is None and profile is not None and is_long(case, inputs, profile):
+            form = closed_form(evaluate, inputs, case.config, profile, pieces)
+            return Reference({"output": form.output}, rows, evaluate, form)
+        exact = in_pieces(evaluate, pieces)
     outputs = exact() if cache is None else cache.outputs(case, inputs, exact)
     return Reference(outputs, rows, evaluate)
 

@@ -13,6 +13,7 @@ from typing import Any
 from conformance.calls import Call, call_of
 from conformance.case_record import case_record, claimed_profile
 from conformance.cases import Case
+from conformance.closed_form import is_long
 from conformance.core_scale import predict_core
 from conformance.directions import directions
 from conformance.error_model import MANY_RUNS, ErrorScale, Outputs, predict_scale
@@ -27,7 +28,7 @@ from conformance.looks import look
 from conformance.observed import Malformed, check_finite, observe
 from conformance.precision import PrecisionProfile
 from conformance.real_models import real_layer_inputs
-from conformance.sampled_rows import is_long, predict_sampled
+from conformance.sampled_rows import predict_sampled
 from conformance.scale_cache import ScaleCache
 from conformance.serve_inputs import draw_serve
 from conformance.subjects.base import GradientCall, Subject, Unsupported
@@ -95,7 +96,7 @@ def judge_case(
     clock = _Clock()
     with clock.timing("golden"):
         inputs = inputs_of(case)
-        expected = reference(case, inputs, cache)
+        expected = reference(case, inputs, cache, profile)
     try:
         with clock.timing("subject"):
             returned = _answer(subject, call_of(case, inputs))

@@ -19,7 +19,7 @@ from conformance.cases import Case
 from conformance.closed_form import ClosedForm, closed_form, is_fine
 from conformance.directions import output_shifts
 from conformance.error_model import FEW_RUNS, ErrorScale, ratio, weighing
-from conformance.expected import Inputs, Reference
+from conformance.expected import Reference
 from conformance.inputs import CoreInputs
 from conformance.pieces import Piece, core_pieces
 from conformance.precision import PrecisionProfile
@@ -30,33 +30,28 @@ from golden import FORMATS, Array, AttentionConfig, Observer
 
 STRIDE = 16
 """Queries of which one is evaluated by the Monte Carlo runs."""
-LONG = 1 << 24
-"""Scores from which on a case is long: 4 heads of 2,048 tokens."""
 AGREEMENT = 0.05
 """Share by which the runs' variance may differ from the closed form's, rows pooled."""
-
-
-def is_long(case: Case, inputs: Inputs, profile: PrecisionProfile) -> bool:
-    """Tell whether a case is judged by sampled rows.
-
-    Not where values repeat, since the bias of rounding to nearest needs all rows to be seen; nor
-    where sums show in the output and have a claimed order, which the closed form does not know.
-    """
-    if not isinstance(inputs, CoreInputs) or case.regime == "integers":
-        return False
-    if is_fine(profile) and profile.order:
-        return False
-    batch, heads, q_len = inputs.q.shape[:3]
-    return int(batch * heads * q_len * inputs.k.shape[2]) >= LONG
 
 
 def predict_sampled(
     case: Case, inputs: CoreInputs, expected: Reference, profile: PrecisionProfile, *, seed: int
 ) -> dict[str, ErrorScale] | None:
-    """Predict the error scale of a long case, or None if the closed form does not describe it."""
+    """Predict the error scale of a long case, or None if the closed form does not describe it.
+
+    Args:
+        case: that `is_long`.
+        inputs: of the case.
+        expected: golden's answer; if it has a closed form, then that of this profile.
+        profile: what the subject claims.
+        seed: of the runs.
+    """
     exact, counted = expected.outputs["output"], expected.rows["output"]
     mask = golden.layer_mask(case.config)
-    form = closed_form(expected.evaluate, inputs, case.config, profile, core_pieces(inputs, mask))
+    form = expected.form
+    if form is None:
+        everything = core_pieces(inputs, mask)
+        form = closed_form(expected.evaluate, inputs, case.config, profile, everything)
     some = slice(STRIDE // 2, None, STRIDE)
     pieces = core_pieces(inputs, mask, some)
     errors = _errors(expected, case.config, profile, pieces, exact[:, :, some], seed)

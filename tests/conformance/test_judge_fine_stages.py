@@ -14,7 +14,7 @@ import variants
 from sampled_ways import FORM, assert_sampled_rows_agree
 from torch import Tensor
 
-from conformance import runner, sampled_rows
+from conformance import runner
 from conformance.calls import call_of
 from conformance.cases import Case, Workload
 from conformance.closed_form import closed_form
@@ -198,7 +198,7 @@ def test_sampled_rows_predict_what_all_rows_predict() -> None:
     inputs, claims = draw_core(CASE), profile_named("flash", "float32")
     expected = reference(CASE, inputs)
     long_way = predicted(CASE, inputs, expected, claims, runs=FEW_RUNS)["output"]
-    with mock.patch.object(sampled_rows, "LONG", 1):
+    with mock.patch("conformance.closed_form.LONG", 1):
         short_way = predicted(CASE, inputs, expected, claims, runs=FEW_RUNS)["output"]
     assert long_way.sampled is None
     assert short_way.sampled is not None
@@ -217,7 +217,7 @@ def test_disagreement_takes_the_long_way() -> None:
     inputs, claims = draw_core(CASE), profile_named("flash", "float32")
     expected = reference(CASE, inputs)
     with (
-        mock.patch.object(sampled_rows, "LONG", 1),
+        mock.patch("conformance.closed_form.LONG", 1),
         mock.patch.object(FineStages, "_summed", return_value=0.0),
     ):
         found = runner.predicted(CASE, inputs, expected, claims, runs=FEW_RUNS)["output"]
@@ -246,7 +246,7 @@ def weights_in_bfloat16(call: CoreCall) -> Tensor:
 def test_long_float32_case_passes_correct_kernels_and_fails_wrong_ones() -> None:
     inputs, claims = draw_core(CASE), profile_named("flash", "float32")
     expected = reference(CASE, inputs)
-    with mock.patch.object(sampled_rows, "LONG", 1):
+    with mock.patch("conformance.closed_form.LONG", 1):
         record = judge_case(CASE, Subject(name="flash", function=FLASH, profile="flash"))
         assert record.verdict == "CONFORMS", record.reason
         scales = predicted(CASE, inputs, expected, claims, runs=FEW_RUNS)

@@ -15,7 +15,7 @@ from torch import Tensor
 import golden
 from conformance import pieces, runner, sampled_rows
 from conformance.cases import Case, Workload
-from conformance.closed_form import closed_form
+from conformance.closed_form import closed_form, is_long
 from conformance.error_model import FEW_RUNS
 from conformance.expected import reference
 from conformance.inputs import draw_core
@@ -55,7 +55,7 @@ def test_sampled_rows_predict_what_all_rows_predict() -> None:
     expected = reference(CASE, inputs)
     with mock.patch.object(runner, "predict_core", return_value=None):  # sizes, no covariances
         long_way = predicted(CASE, inputs, expected, claims, runs=FEW_RUNS)["output"]
-    with mock.patch.object(sampled_rows, "LONG", 1):
+    with mock.patch("conformance.closed_form.LONG", 1):
         short_way = predicted(CASE, inputs, expected, claims, runs=FEW_RUNS)["output"]
     assert long_way.sampled is None
     assert short_way.sampled is not None
@@ -90,7 +90,7 @@ def test_long_case_passes_correct_kernels_and_fails_wrong_ones() -> None:
         "scale * 1.0003": scaled,
         "one key lost in one row": last_key_lost,
     }
-    with mock.patch.object(sampled_rows, "LONG", 1):
+    with mock.patch("conformance.closed_form.LONG", 1):
         found = {
             name: judge_case(CASE, Subject(name=name, function=kernel, profile="flash"))
             for name, kernel in kernels.items()
@@ -106,19 +106,38 @@ def test_long_case_passes_correct_kernels_and_fails_wrong_ones() -> None:
 
 def test_short_way_is_for_long_cases_without_repeats_or_claimed_orders() -> None:
     inputs, claims = draw_core(CASE), profile_named("flash", "bfloat16")
-    assert not sampled_rows.is_long(CASE, inputs, claims)
-    with mock.patch.object(sampled_rows, "LONG", 1):
-        assert sampled_rows.is_long(CASE, inputs, claims)
-        assert not sampled_rows.is_long(replace(CASE, regime="integers"), inputs, claims)
-        assert sampled_rows.is_long(CASE, inputs, profile_named("flash", "float32"))
-        assert not sampled_rows.is_long(CASE, inputs, profile_named("in-sequence", "float32"))
+    assert not is_long(CASE, inputs, claims)
+    with mock.patch("conformance.closed_form.LONG", 1):
+        assert is_long(CASE, inputs, claims)
+        assert not is_long(replace(CASE, regime="integers"), inputs, claims)
+        assert is_long(CASE, inputs, profile_named("flash", "float32"))
+        assert not is_long(CASE, inputs, profile_named("in-sequence", "float32"))
+
+
+@pytest.mark.parametrize(("dtype", "profile"), [("bfloat16", "eager"), ("float32", "flash")])
+def test_outputs_that_come_with_the_closed_form_are_goldens(dtype: str, profile: str) -> None:
+    inputs, claims = draw_core(CASE), profile_named(profile, dtype)
+    with (
+        mock.patch("conformance.closed_form.LONG", 1),
+        mock.patch.object(pieces, "WHOLE", 1),
+        mock.patch.object(pieces, "SCORES", 1 << 16),
+    ):
+        alone, along = reference(CASE, inputs), reference(CASE, inputs, None, claims)
+        assert alone.form is None
+        assert along.form is not None
+        np.testing.assert_array_equal(along.outputs["output"], alone.outputs["output"])
+        apart = sampled_rows.predict_sampled(CASE, inputs, alone, claims, seed=1)
+        found = sampled_rows.predict_sampled(CASE, inputs, along, claims, seed=1)
+    assert apart is not None
+    assert found is not None
+    np.testing.assert_array_equal(found["output"].sigma, apart["output"].sigma)
 
 
 def test_disagreement_takes_the_long_way() -> None:
     inputs, claims = draw_core(CASE), profile_named("flash", "bfloat16")
     expected = reference(CASE, inputs)
     with (
-        mock.patch.object(sampled_rows, "LONG", 1),
+        mock.patch("conformance.closed_form.LONG", 1),
         mock.patch.object(sampled_rows, "AGREEMENT", 0.0),
     ):
         assert (

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conformance import cli, runner, sampled_rows
+from conformance import cli, runner
 from conformance.cache_key import content_key, source_digest
 from conformance.case_ids import parse
 from conformance.error_model import ErrorScale
@@ -78,7 +78,7 @@ def test_a_verdict_from_the_cache_is_the_fresh_one_bit_for_bit(name: str, tmp_pa
 def test_so_is_one_by_sampled_rows(tmp_path: Path) -> None:
     case = parse("core-h64-hq4-hkv2-d16-sinks/cte-bf16-b1-q600-gaussian-seed0")
     kept = ScaleCache(tmp_path, worth=0.0)
-    with mock.patch.object(sampled_rows, "LONG", 1):
+    with mock.patch("conformance.closed_form.LONG", 1):
         fresh = judge_case(case, FLASH)
         judge_case(case, FLASH, cache=kept)
         again = judge_case(case, FLASH, cache=kept)
