@@ -9,6 +9,7 @@ from torch import Tensor
 
 from impl.attention_inputs import Norm
 from impl.attention_output import AttentionOutput
+from impl.decode_strategy import DecodeStep, resolve_block_kernel
 from impl.kernels.nki import device_obstacle
 from impl.kernels.nki_block import attention_block_tkg
 from impl.kernels.nki_block_limits import attention_block_tkg_obstacle, has_free_tail
@@ -22,7 +23,7 @@ from impl.norms import QKNormPlacement, QKNormScope, RMSNorm
 from impl.output import NeuronAttentionBaseOutput
 from impl.slot_positions import SlotLayout
 from impl.step import Phase, StepInputs
-from impl.strategy import Implementation, KernelChoice, resolve_block_kernel
+from impl.strategy import Implementation, KernelChoice
 from impl.training import trains
 
 
@@ -103,10 +104,18 @@ class AttentionBlock(AttentionOutput):
             )
         if device_type == "neuron" and nki_obstacle is None:
             nki_obstacle = device_obstacle()
-        kv_heads = len(self.parallel.decode_heads.key_value)
         return resolve_block_kernel(
-            batch_size * kv_heads * slots * self.head_dim,
-            device_type=device_type,
+            DecodeStep(
+                batch=batch_size,
+                num_attention_heads=len(self.parallel.decode_heads.query),
+                num_key_value_heads=len(self.parallel.decode_heads.key_value),
+                q_len=q_len,
+                slots=slots,
+                head_dim=self.head_dim,
+                dtype=self.torch_dtype,
+                trains=trains,
+                device_type=device_type,
+            ),
             block_obstacle=obstacle,
             nki_obstacle=nki_obstacle,
         )

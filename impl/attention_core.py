@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from impl.attention_setup import AttentionSetup
+from impl.decode_strategy import DecodeStep, resolve_decode_kernel
 from impl.errors import ShapeError, explain
 from impl.flash_decoding import KeyPart, attend_on_group
 from impl.kernels import PriorKeys, decode, native, prefill
@@ -24,7 +25,7 @@ from impl.slot_positions import (
     slot_positions,
 )
 from impl.step import Phase, StepInputs
-from impl.strategy import Implementation, resolve_decode_kernel
+from impl.strategy import Implementation
 from impl.training import trains
 
 
@@ -315,7 +316,19 @@ class AttentionCore(AttentionSetup):
             own,
             sink,
             self.score_rule,
-            implementation=resolve_decode_kernel(v_prior.numel(), q.device.type),
+            implementation=resolve_decode_kernel(
+                DecodeStep(
+                    batch=q.shape[0],
+                    num_attention_heads=q.shape[1],
+                    num_key_value_heads=k.shape[1],
+                    q_len=q.shape[2],
+                    slots=v_prior.shape[2],
+                    head_dim=self.head_dim,
+                    dtype=v_prior.dtype,
+                    trains=trains(q, k, v, k_prior, v_prior, sink),
+                    device_type=q.device.type,
+                )
+            ),
             k_prior_transposed=self.k_cache_transposed,
         )
 

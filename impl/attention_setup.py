@@ -10,6 +10,7 @@ from impl.attention_inputs import AttentionInputs
 from impl.config import InferenceConfig
 from impl.flash_decoding import RowSumExchange
 from impl.kernels import PrefillRule, native
+from impl.kernels.fused import sink_fits
 from impl.kernels.nki import device_obstacle
 from impl.layer_options import LayerOptions
 from impl.sink import LearnedSink
@@ -139,10 +140,13 @@ class AttentionSetup(AttentionInputs):
             device_type: where it runs.
         """
         plain = self.cp_degree == 1 and self.prefill_rule.plain(
-            sink=self.learned_sinks is not None, explicit_mask=explicit_mask, prior=prior
+            explicit_mask=explicit_mask, prior=prior
         )
         if trains and device_type == "cpu" and self.torch_dtype.itemsize < 4:
             plain = False  # PyTorch's fused kernel adds gradients of k and v up in the model dtype
+        if self.learned_sinks is not None:
+            # a sink is trained by the streamed form, whose gradient of it is summed in float32
+            plain = plain and not trains and sink_fits(self.head_dim, device_type)
         obstacle = self.prefill_rule.nki_obstacle(
             head_dim=self.head_dim, dtype=self.torch_dtype, explicit_mask=explicit_mask
         )

@@ -20,13 +20,6 @@ logger = logging.getLogger("impl.strategy")
 NATIVE_LENGTHS = 512
 """Shorter prefills are computed at once: a tile or two would hold all their scores anyway."""
 
-NATIVE_CACHE = 1 << 22
-"""Elements of a cache's values up to which decode reads it at once, in copies of 16 MiB at most.
-
-That is 4,096 slots of 8 heads of 128 channels: up to there the operators of the tiles cost more
-than the copies do.
-"""
-
 SDPA_DEVICES = ("cpu", "cuda")
 """Devices on which PyTorch's `scaled_dot_product_attention` is a fused kernel."""
 
@@ -59,9 +52,11 @@ class Implementation(Enum):
     NATIVE = "native"
     """The plain torch form: any positions and any mask, all scores at once."""
     SDPA = "sdpa"
-    """PyTorch's own fused attention: causal or full, without sinks, softcap or limits."""
+    """PyTorch's own fused attention: causal or full, without softcap or limits."""
     FLASH = "flash"
     """The streamed torch form: everything, a tile of scores at a time."""
+    HEADWISE = "headwise"
+    """Decode, a piece of one head's cached keys at a time; eager on the CPU."""
     NKI = "nki"
     """nki-library's `attention_cte` in prefill, its `attention_block_tkg` in decode."""
 
@@ -198,7 +193,7 @@ def resolve_kernel(
     Args:
         strategy: from `get_flash_attention_strategy`.
         q_len: queries on this rank.
-        plain: causal or full attention and nothing else (`PrefillRule.plain`).
+        plain: PyTorch's fused attention can compute it (`PrefillRule.plain`).
         device_type: where it runs.
         attn_kernel_enabled: False keeps to the native form.
         nki_obstacle: why nki-library's kernel cannot compute it, or cannot be had; None if it can.
@@ -230,56 +225,6 @@ def resolve_kernel(
             return _choice(strategy, Implementation.NKI, "nki-library's attention_cte serves it")
         reason = f"{reason}; {nki_obstacle}"
     return _choice(strategy, Implementation.FLASH, reason)
-
-
-def resolve_decode_kernel(cache_size: int, device_type: str = "cpu") -> Implementation:
-    """Say what computes the attention of a decode step.
-
-    Args:
-        cache_size: elements of the values that the step reads, of all rows and heads.
-        device_type: where it runs.
-
-    Returns:
-        NATIVE for at most `NATIVE_CACHE` elements, and on neuron, whose compiler tiles the whole
-        itself; else FLASH, which copies nothing as long as the cache.
-    """
-    if cache_size <= NATIVE_CACHE or device_type == "neuron":
-        return Implementation.NATIVE
-    return Implementation.FLASH
-
-
-def resolve_block_kernel(
-    cache_size: int,
-    *,
-    device_type: str = "cpu",
-    block_obstacle: str | None = None,
-    nki_obstacle: str | None = "no NKI kernel was asked for",
-) -> KernelChoice:
-    """Say what computes a decode step, and why.
-
-    Args:
-        cache_size: as in `resolve_decode_kernel`.
-        device_type: where it runs.
-        block_obstacle: why the step is not one call of the block; None if it is.
-        nki_obstacle: why nki-library's block cannot compute it, or cannot be had; None if it can.
-
-    Returns:
-        The first that fits:
-
-        | condition | who |
-        | --- | --- |
-        | `block_obstacle` | the layer, its attention by `resolve_decode_kernel` |
-        | on neuron, no `nki_obstacle` | NKI |
-        | otherwise | the block's torch form, its attention likewise |
-    """
-    none, torch_form = FlashAttentionStrategy.NONE, resolve_decode_kernel(cache_size, device_type)
-    if block_obstacle is not None:
-        return _choice(none, torch_form, f"the layer computes the step: {block_obstacle}")
-    if device_type != "neuron":
-        nki_obstacle = f"no NKI kernel runs on {device_type}"
-    if nki_obstacle is None:
-        return _choice(none, Implementation.NKI, "nki-library's attention_block_tkg serves it")
-    return _choice(none, torch_form, f"the block's torch form serves every case; {nki_obstacle}")
 
 
 def _choice(

@@ -1,7 +1,8 @@
 """Peak memory of `impl`'s streamed prefill, each length in a process of its own.
 
 `python -m conformance.benchmarks.impl_memory LENGTH` prints the megabytes that one prefill of a
-layer with sinks, which no kernel but the streamed one can express, takes beyond its weights.
+layer with sinks and a softcap, which no kernel but the streamed one can express, takes beyond its
+weights.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ def measure(length: int) -> float:
 @torch.no_grad()
 def take(length: int) -> float:
     """Run it here: largest resident set on the way, beyond what was resident before."""
-    prefill_layer(torch.float32, 64, learned_sinks_size=1)()  # what is loaded once is no need
-    call = prefill_layer(torch.float32, length, learned_sinks_size=1)
+    features = {"learned_sinks_size": 1, "attn_logit_softcapping": 30.0}
+    prefill_layer(torch.float32, 64, **features)()  # what is loaded once is no need
+    call = prefill_layer(torch.float32, length, **features)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = resident("VmRSS")

@@ -1,4 +1,4 @@
-"""`attn-conformance bench impl`: a layer of `impl` against its peers, and its flash kernel alone.
+"""`attn-conformance bench impl`: a layer of `impl` against its peers, and its attention alone.
 
 Peers are PyTorch's `scaled_dot_product_attention` between the same projections, flex attention
 compiled, and the layer of Transformers' Llama, eager and with that function (extra `oracles`); all
@@ -17,14 +17,23 @@ from pathlib import Path
 
 import torch
 from rich.progress import Progress
+from torch import Tensor
 
 from conformance.benchmarks import impl_memory
 from conformance.benchmarks.figures import Figure, figure, ratios, table, take_turns, write_json
-from conformance.benchmarks.impl_contenders import HEAD_DIM, HEADS, KV_HEADS, Step, contenders
+from conformance.benchmarks.impl_contenders import (
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    Call,
+    Step,
+    contenders,
+)
 from conformance.generated import markdown_table, write_measured
 from conformance.terminal import console
-from impl.kernels.flash import flash_attention
+from impl.kernels import PrefillRule, prefill
 from impl.kernels.native import ScoreRule
+from impl.strategy import Implementation
 
 DTYPES = (torch.float32, torch.bfloat16)
 PREFILL_TARGET, PREFILL_TARGET_TO = 1.1, 2048
@@ -56,11 +65,11 @@ def run(
         longest: leave out longer prefills; None leaves out none.
     """
     output = console()
-    prefills = {32: 1, 64: 1} if quick else {512: 7, 1024: 5, 2048: 3, 4096: 3, 8192: 3}
+    prefills = {32: 1, 64: 1} if quick else {512: 15, 1024: 11, 2048: 9, 4096: 5, 8192: 3}
     if longest is not None:
         prefills = {length: rounds for length, rounds in prefills.items() if length <= longest}
-    caches = {64: 1} if quick else {1024: 15, 4096: 9, 8192: 7, 32768: 5}
-    kernels = {64: 1} if quick else {1024: 5, 4096: 3}
+    caches = {64: 1} if quick else {1024: 25, 4096: 15, 8192: 11, 32768: 7}
+    kernels = {64: 1} if quick else {1024: 9, 4096: 5}
     lengths = (64, 128) if quick else (4096, 8192)
     figures: list[Figure] = []
     with torch.no_grad(), Progress(console=output, transient=True) as progress:
@@ -68,7 +77,7 @@ def run(
         task = progress.add_task("impl", total=total)
         for dtype in DTYPES:
             for length, rounds in kernels.items():
-                figures += flash(length, dtype, rounds)
+                figures += attention(length, dtype, rounds)
                 progress.advance(task)
             for slots, rounds in caches.items():
                 step = Step(prior=slots, tokens=1, dtype=dtype)
@@ -108,11 +117,11 @@ def tables(figures: Sequence[Figure]) -> str:
         [
             [name, f"{item.value:.3g}", item.unit, _target(item)]
             for name, item in found.items()
-            if name.startswith(("impl/flash", "impl/memory"))
+            if name.startswith(("impl/attention", "impl/memory"))
         ],
     )
     return (
-        f"Milliseconds, medians of the turns:\n\n{steps}\n\nThe flash kernel and memory:\n\n{rest}"
+        f"Milliseconds, medians of the turns:\n\n{steps}\n\nAttention alone, and memory:\n\n{rest}"
     )
 
 
@@ -141,10 +150,12 @@ def layer(name: str, step: Step, rounds: int, quick: bool) -> list[Figure]:
     ]
 
 
-def flash(length: int, dtype: torch.dtype, rounds: int) -> list[Figure]:
-    """Return the flash kernel's time over that of PyTorch's attention, causal, without projections.
+def attention(length: int, dtype: torch.dtype, rounds: int) -> list[Figure]:
+    """Return the time of causal attention over that of PyTorch's, without projections.
 
-    With sinks, which PyTorch's lacks, the comparison is still with PyTorch's attention without.
+    Causal alone, with sinks, and with a softcap, each by the kernel that a layer takes, and the
+    streamed kernel where PyTorch's is taken. PyTorch's attention has neither sinks nor softcap: the
+    comparison is still with the causal one.
     """
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
@@ -152,27 +163,50 @@ def flash(length: int, dtype: torch.dtype, rounds: int) -> list[Figure]:
         for heads in (HEADS, KV_HEADS, KV_HEADS)
     )
     sink = torch.zeros(HEADS, dtype=dtype)
-    rule = ScoreRule(divisor=math.sqrt(HEAD_DIM))
+    positions = torch.arange(length)[None]
+
+    def call(sink: Tensor | None, softcap: float | None, streamed: bool = False) -> Call:
+        rule = PrefillRule(score=ScoreRule(divisor=math.sqrt(HEAD_DIM), softcap=softcap))
+        plain = rule.plain(explicit_mask=False, prior=False) and not streamed
+        return lambda: prefill(
+            q,
+            k,
+            v,
+            implementation=Implementation.SDPA if plain else Implementation.FLASH,
+            rule=rule,
+            sink=sink,
+            attention_mask=positions >= 0,
+            position_ids=positions,
+        )
+
     sdpa = torch.nn.functional.scaled_dot_product_attention
     took = take_turns(
         {
-            "flash": lambda: flash_attention(q, k, v, rule=rule),
-            "flash-sinks": lambda: flash_attention(q, k, v, rule=rule, sink=sink),
+            "causal": call(None, None),
+            "sinks": call(sink, None),
+            "softcap": call(None, 30.0),
+            "streamed": call(None, None, streamed=True),
             "sdpa": lambda: sdpa(q, k, v, is_causal=True, enable_gqa=True),
         },
         rounds=rounds,
     )
-    target = FLASH_TARGET if length == FLASH_TARGET_AT else None
-    at, peer = f"{_name(dtype)}/s{length}", took["sdpa"]
+    at, peer = f"{_name(dtype)}/s{length}", took.pop("sdpa")
+    at_target = FLASH_TARGET if length == FLASH_TARGET_AT else None
     return [
         *(
             figure(
-                f"impl/{name}/{at}/over-sdpa", ratios(took[name], peer), "ratio", "lower", target
+                f"impl/attention/{name}/{at}/over-sdpa",
+                ratios(spent, peer),
+                "ratio",
+                "lower",
+                None if name == "streamed" else at_target,
             )
-            for name in ("flash", "flash-sinks")
+            for name, spent in took.items()
         ),
-        figure(f"impl/flash/{at}/seconds", took["flash"], "seconds"),
-        figure(f"impl/flash/{at}/sdpa-seconds", peer, "seconds"),
+        *(
+            figure(f"impl/attention/{name}/{at}/seconds", spent, "seconds")
+            for name, spent in {**took, "sdpa": peer}.items()
+        ),
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from impl.errors import ConfigError, explain
-from impl.kernels import native
+from impl.kernels import headwise, native
 from impl.kernels.flash import flash_attention
 from impl.kernels.native import ScoreRule
 from impl.strategy import Implementation
@@ -27,8 +27,9 @@ def decode(
 ) -> Tensor:
     """Attention of a decode step.
 
-    The streamed form reads the cache where it is, a tile at a time; the native form makes a copy of
-    all values, and of all keys where they are narrower than float32.
+    The streamed form reads the cache where it is, a tile at a time, and the headwise form a piece
+    of one head at a time, without a gradient; the native form makes a copy of all values, and of
+    all keys where they are narrower than float32.
 
     Args:
         q: `(batch, num_attention_heads, q_len, head_dim)`, BHSD, rotated.
@@ -41,7 +42,7 @@ def decode(
         active_mask: `(batch or 1, 1, q_len, q_len)`, bool; None is all of it.
         sink: `(num_attention_heads,)`, or None.
         rule: scale and softcap.
-        implementation: who computes it, from `impl.strategy.resolve_decode_kernel`.
+        implementation: who computes it, from `impl.decode_strategy.resolve_decode_kernel`.
         k_prior_transposed: cached keys are stored as columns.
 
     Returns:
@@ -51,8 +52,10 @@ def decode(
         ConfigError: the implementation has no decode form.
         ShapeError: a tensor that does not fit.
     """
-    if implementation is Implementation.NATIVE:
-        return native.token_generation(
+    if implementation in (Implementation.NATIVE, Implementation.HEADWISE):
+        at_once = implementation is Implementation.NATIVE
+        attend = native.token_generation if at_once else headwise.token_generation
+        return attend(
             q,
             k,
             v,
@@ -66,7 +69,9 @@ def decode(
         )
     if implementation is not Implementation.FLASH:
         raise ConfigError(
-            explain("implementation", "be native or flash in decode", implementation.value)
+            explain(
+                "implementation", "be native, headwise or flash in decode", implementation.value
+            )
         )
     return flash_attention(
         q,

@@ -17,6 +17,7 @@ from torch import Tensor
 from impl.errors import ConfigError, explain
 from impl.kernels import native
 from impl.kernels.flash import flash_attention
+from impl.kernels.fused import fused_attention
 from impl.kernels.kept import nan_where, zero_unless
 from impl.kernels.native import ScoreRule
 from impl.kernels.nki import attention_cte
@@ -68,9 +69,9 @@ class PrefillRule:
         """Whether there is a window or a chunk."""
         return self.sliding_window is not None or self.attention_chunk_size is not None
 
-    def plain(self, *, sink: bool, explicit_mask: bool, prior: bool) -> bool:
-        """Whether this is causal or full attention and nothing else, padding on the right."""
-        extras = sink or explicit_mask or prior or self.limited or self.score.softcap is not None
+    def plain(self, *, explicit_mask: bool, prior: bool) -> bool:
+        """Whether this is causal or full attention, padding on the right, with sinks at most."""
+        extras = explicit_mask or prior or self.limited or self.score.softcap is not None
         moved = self.q_offset != 0 or self.q_stride != 1
         return not extras and not moved and self.padding_side == "right"
 
@@ -141,7 +142,7 @@ def prefill(
             seen = valid[:, None, None, :]
             mask = seen if mask is None else mask & seen
     if implementation is Implementation.SDPA:
-        if not rule.plain(sink=sink is not None, explicit_mask=explicit, prior=prior is not None):
+        if not rule.plain(explicit_mask=explicit, prior=prior is not None):
             raise ConfigError(
                 explain(
                     "implementation",
@@ -150,9 +151,7 @@ def prefill(
                     "resolve_kernel says which one is",
                 )
             )
-        heads = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=by_position, scale=1.0 / rule.score.divisor, enable_gqa=True
-        )
+        heads = fused_attention(q, k, v, divisor=rule.score.divisor, causal=by_position, sink=sink)
     elif implementation is Implementation.NKI:
         obstacle = rule.nki_obstacle(
             head_dim=q.shape[3], dtype=q.dtype, explicit_mask=mask is not None

@@ -89,7 +89,7 @@ class BlockRule:
         norm_after_rope: q and k are normed after their rotation, not before.
         interleaved: pairing of the rotation: neighbours, not halves.
         k_cache_transposed: cached keys are stored as columns.
-        implementation: who computes attention, from `impl.strategy.resolve_decode_kernel`.
+        implementation: who computes attention, from `impl.decode_strategy.resolve_decode_kernel`.
     """
 
     num_key_value_heads: int

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from conformance.benchmarks import impl_contenders, impl_memory, impl_speed
 from conformance.benchmarks.figures import Figure, figure
-from conformance.benchmarks.impl_contenders import Step, contenders
+from conformance.benchmarks.impl_contenders import Call, Step, contenders
+from impl.kernels import prefill
+from impl.strategy import Implementation
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +73,7 @@ def test_the_page_shows_every_step_and_says_what_was_missed() -> None:
 
 
 def test_a_run_writes_figures_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("flash", "layer", "memory"):
+    for name in ("attention", "layer", "memory"):
         monkeypatch.setattr(impl_speed, name, lambda *_, **__: [])
     monkeypatch.setattr(impl_speed, "memory", lambda *_: figures())
     json_path, page = tmp_path / "figures.json", tmp_path / "page.md"
@@ -79,9 +82,39 @@ def test_a_run_writes_figures_and_page(tmp_path: Path, monkeypatch: pytest.Monke
     assert "<!-- measured -->" in page.read_text()
 
 
-def test_the_flash_kernel_is_measured_beside_pytorchs() -> None:
-    names = {item.name for item in impl_speed.flash(8, torch.float32, 1)}
-    assert {"impl/flash/float32/s8/over-sdpa", "impl/flash-sinks/float32/s8/over-sdpa"} <= names
+def test_attention_is_measured_beside_pytorchs_by_the_kernel_a_layer_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[Implementation] = []
+
+    def spy(*tensors: torch.Tensor, implementation: Implementation, **named: Any) -> Any:
+        taken.append(implementation)
+        return prefill(*tensors, implementation=implementation, **named)
+
+    def once(calls: dict[str, Call], **_: object) -> dict[str, list[float]]:
+        return {name: [float(call().isfinite().all())] for name, call in calls.items()}
+
+    monkeypatch.setattr(impl_speed, "prefill", spy)
+    monkeypatch.setattr(impl_speed, "take_turns", once)
+    found = {item.name for item in impl_speed.attention(8, torch.float32, 1)}
+    kinds = ("causal", "sinks", "softcap", "streamed")
+    assert found >= {f"impl/attention/{kind}/float32/s8/over-sdpa" for kind in kinds}
+    fused, streamed = Implementation.SDPA, Implementation.FLASH
+    assert taken == [fused, fused, streamed, streamed]
+
+
+@pytest.mark.parametrize(("length", "target"), [(4096, 1.5), (1024, None)])
+def test_attention_has_a_target_at_one_length(
+    length: int, target: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(impl_speed, "HEADS", 1)
+    monkeypatch.setattr(impl_speed, "KV_HEADS", 1)
+    monkeypatch.setattr(impl_speed, "HEAD_DIM", 8)
+    monkeypatch.setattr(
+        impl_speed, "take_turns", lambda calls, **_: {name: [1.0] for name in calls}
+    )
+    ratios = [i for i in impl_speed.attention(length, torch.float32, 1) if i.unit == "ratio"]
+    assert [i.target for i in ratios] == [target, target, target, None]
 
 
 def test_memory_beyond_the_weights_is_positive_and_finite() -> None:

@@ -22,9 +22,10 @@ from impl import (
     RotaryEmbedding,
 )
 from impl.attention_block import AttentionBlock
+from impl.decode_strategy import DecodeStep, resolve_block_kernel
 from impl.kernels import nki_block_limits
 from impl.slot_positions import LeftPaddedSlots, RollingSlots
-from impl.strategy import Implementation, KernelChoice, resolve_block_kernel
+from impl.strategy import Implementation, KernelChoice
 
 HIDDEN, HEADS, WIDTH, SLOTS = 128, 2, 64, 128
 BF16 = torch.bfloat16
@@ -151,25 +152,34 @@ def test_without_the_packages_a_layer_on_neuron_says_which_is_missing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "cache_size", "block", "obstacle", "expected"),
+    ("device", "slots", "block", "obstacle", "expected"),
     [
-        ("neuron", 1 << 23, None, None, Implementation.NKI),
-        ("neuron", 1 << 23, None, "why", Implementation.NATIVE),
-        ("neuron", 1 << 23, "why", None, Implementation.NATIVE),
-        ("cpu", 1 << 23, None, None, Implementation.FLASH),
-        ("cuda", 1 << 19, None, None, Implementation.NATIVE),
+        ("neuron", 1 << 17, None, None, Implementation.NKI),
+        ("neuron", 1 << 17, None, "why", Implementation.NATIVE),
+        ("neuron", 1 << 17, "why", None, Implementation.NATIVE),
+        ("cpu", 1 << 17, None, None, Implementation.HEADWISE),
+        ("cuda", 1 << 17, None, None, Implementation.FLASH),
+        ("cuda", 1 << 13, None, None, Implementation.NATIVE),
     ],
 )
 def test_the_kernel_is_selected_on_neuron_alone(
     device: str,
-    cache_size: int,
+    slots: int,
     block: str | None,
     obstacle: str | None,
     expected: Implementation,
 ) -> None:
-    chosen = resolve_block_kernel(
-        cache_size, device_type=device, block_obstacle=block, nki_obstacle=obstacle
+    step = DecodeStep(
+        batch=1,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        q_len=1,
+        slots=slots,
+        head_dim=64,
+        dtype=torch.bfloat16,
+        device_type=device,
     )
+    chosen = resolve_block_kernel(step, block_obstacle=block, nki_obstacle=obstacle)
     assert chosen.implementation is expected
     assert (block or obstacle or "") in chosen.reason
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from impl_layers import ROUNDOFF, relative_error
 from torch import Tensor
 
 from impl import ConfigError
-from impl.kernels import PrefillRule, PriorKeys, flash, flash_plan, prefill
+from impl.kernels import PrefillRule, PriorKeys, flash, flash_plan, fused, prefill
 from impl.kernels.native import ScoreRule
 from impl.strategy import Implementation
 
@@ -80,8 +81,14 @@ def test_flash_is_native_for_rows_of_unequal_lengths(
 
 
 @pytest.mark.parametrize("start", [0, 7])
-def test_pytorchs_attention_is_native_where_it_can_be_used(start: int) -> None:
+@pytest.mark.parametrize(
+    "sink", [None, [0.0] * HEADS, [-50.0, -1.5, 3.0, 50.0], [-math.inf] * HEADS]
+)
+def test_pytorchs_attention_is_native_where_it_can_be_used(
+    sink: list[float] | None, start: int
+) -> None:
     call = step("right", start)
+    call["sink"] = None if sink is None else torch.tensor(sink, dtype=torch.float64)
     expected = run(Implementation.NATIVE, PLAIN, call)
     assert relative_error(run(Implementation.SDPA, PLAIN, call), expected) < ROUNDOFF
     call["attention_mask"] = None
@@ -134,6 +141,56 @@ def test_a_rank_computes_its_queries_only(rank: int, strided: bool) -> None:
     expected = run(Implementation.NATIVE, PLAIN, whole)[:, :, mine]
     assert relative_error(run(Implementation.NATIVE, rule, call), expected) < ROUNDOFF
     assert relative_error(run(Implementation.FLASH, rule, call), expected) < ROUNDOFF
+
+
+def wide_inputs(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What PyTorch's attention is given from now on."""
+    given: list[Tensor] = []
+    right = fused.scaled_dot_product_attention
+
+    def spy(*tensors: Tensor, **named: Any) -> Tensor:
+        given[:] = tensors
+        return right(*tensors, **named)
+
+    monkeypatch.setattr(fused, "scaled_dot_product_attention", spy)
+    return given
+
+
+@pytest.mark.parametrize("width", [8, 5, 64, 126, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_key_of_a_sink_has_its_logit_to_float32(
+    dtype: torch.dtype, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rounding of `sink * divisor`, one of the pieces' remainder, or float16's smallest."""
+    given = wide_inputs(monkeypatch)
+    divisor = math.sqrt(width)
+    sink = torch.tensor([-1234.5, -0.7131, 1e-3, 17.773], dtype=torch.float32)
+    q, k, v = (drawn(1, heads, 5, width).to(dtype) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    fused.fused_attention(q, k, v, divisor=divisor, causal=True, sink=sink)
+    wide_q, wide_k, wide_v = (tensor.double() for tensor in given)
+    assert wide_q.shape[3] % 8 == 0
+    heads_of = wide_k[:, :, 0].repeat_interleave(HEADS // KV_HEADS, dim=1)
+    logits = (wide_q[0, :, 1:] * heads_of[0, :, None]).sum(dim=2) / divisor
+    smallest = 2.0**-25 * 256 / divisor if dtype == torch.float16 else 0.0
+    limit = 2 * 2.0**-24 * sink.double().abs() + smallest
+    assert bool(((logits - sink.double()[:, None]).abs() <= limit[:, None]).all())
+    others = wide_q[..., width:] @ wide_k[:, :, 1:, width:].repeat_interleave(2, 1).transpose(2, 3)
+    assert not others.any()
+    assert not wide_v[:, :, 0].any()
+    assert not wide_v[..., width:].any()
+
+
+def test_a_planted_bug_shows_a_sink_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_PIECES", 1)
+    with pytest.raises(AssertionError):
+        test_the_key_of_a_sink_has_its_logit_to_float32(torch.bfloat16, 64, monkeypatch)
+
+
+def test_a_sink_that_is_not_a_number_makes_no_number() -> None:
+    sink = torch.tensor([0.0, math.nan, math.inf, 0.0], dtype=torch.float64)
+    got = run(Implementation.SDPA, PLAIN, step() | {"sink": sink})
+    assert got[0, 1:3].isnan().all()
+    assert got[0, ::3].isfinite().all()
 
 
 @pytest.mark.parametrize("implementation", [Implementation.SDPA, Implementation.FLASH])

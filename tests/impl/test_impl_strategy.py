@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from impl_layers import WIDTH, layer, positions, tokens
+from impl_layers import WIDTH, layer, model, positions, tokens
 
 from impl import ConfigError, RotaryEmbedding, get_flash_attention_strategy
 from impl import FlashAttentionStrategy as S
@@ -162,7 +162,11 @@ def test_the_first_implementation_that_fits_computes_the_step(
     ("features", "call", "plain"),
     [
         ({}, {}, True),
-        ({"learned_sinks_size": 1}, {}, False),
+        ({"learned_sinks_size": 1}, {}, True),
+        ({"learned_sinks_size": 1}, {"trains": True}, False),
+        ({"learned_sinks_size": 1}, {"device_type": "cuda"}, True),
+        ({"learned_sinks_size": 1, "config": model(head_dim=256)}, {}, True),
+        ({"learned_sinks_size": 1, "config": model(head_dim=256)}, {"device_type": "cuda"}, False),
         ({"attn_logit_softcapping": 5.0}, {}, False),
         ({"sliding_window": 4}, {}, False),
         ({"attention_chunk_size": 4}, {}, False),

@@ -124,11 +124,12 @@ PATHS: dict[str, Path] = {
     "decode full, tree": _decode("full", q_len=3, among=_TREE),
     "prefill full, padding on the left": _prefill("full", run=_LEFT),
     # the streamed kernels and PyTorch's own
-    "prefill full, streamed": _prefill("full", q_len=512, padding=200),
+    "prefill nope, streamed": _prefill("nope", q_len=512, padding=200),
     "prefill window-polar, streamed, padding on the left": _prefill(
         "window-polar", q_len=256, padding=100, run={**_LEFT, "logical_nc_config": 2}
     ),
     "prefill flat-norm, PyTorch's fused attention": _prefill("flat-norm", q_len=512, padding=200),
+    "prefill full, PyTorch's fused attention": _prefill("full", q_len=512, padding=200),
     "decode full, streamed": _decode("full", slots=1024),
     "decode fused, tree, transposed keys, streamed": _decode(
         "fused", q_len=3, among=_TREE, slots=1024, run={"k_cache_transposed": True}

@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -26,7 +26,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from impl import NeuronAttentionBase
-from impl.strategy import resolve_decode_kernel
+from impl.decode_strategy import DecodeStep, resolve_decode_kernel
+from impl.strategy import Implementation
 
 NAME = "neuron"
 
@@ -98,14 +99,15 @@ def kernels_of(device: str) -> Iterator[None]:
     def there(layer: Any, *arguments: Any, **named: Any) -> Any:
         return choice(layer, *arguments, **{**named, "device_type": device})
 
-    decode = partial(resolve_decode_kernel, device_type=device)
+    def decode(step: DecodeStep) -> Implementation:
+        return resolve_decode_kernel(replace(step, device_type=device))
+
     with ExitStack() as patches:
         patches.enter_context(patch.object(NeuronAttentionBase, "kernel_choice", there))
         users = [m for name, m in sys.modules.items() if name.startswith("impl.")]
         for module in users:
             if "resolve_decode_kernel" in vars(module):
-                there_too = patch.object(module, "resolve_decode_kernel", lambda n, _="": decode(n))
-                patches.enter_context(there_too)
+                patches.enter_context(patch.object(module, "resolve_decode_kernel", decode))
         yield
 
 
