@@ -10,9 +10,9 @@ and that key's product with any query of head h, divided by `divisor`, is the lo
 zeros. A query before the others, of zeros, keeps the diagonal where it was and is dropped.
 
 Each piece is what the pieces before it leave, rounded to the dtype of the queries, so three of
-them hold the 24 bits of a float32 logit, and the product sums them in float32. In float16
-`ANCHOR` is 256: `65504 * 256 / divisor` is above any logit that float16 can hold, and what its
-subnormals leave of a logit, `2^-25 * 256 / divisor`, is below 1e-6 at 64 channels.
+them hold the 24 bits of a float32 logit, and the product sums them in float32. `ANCHOR` is 1, and
+256 in float16: up to a divisor of 256 the pieces then reach any logit that float16 holds, and
+what its subnormals leave of one, `2^-25 * 256 / divisor`, is below 1e-6 at 64 channels.
 """
 
 from __future__ import annotations
