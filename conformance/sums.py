@@ -20,6 +20,11 @@ One sum takes one path. The error is normal given the path, and its variance fol
 of normal ones with heavier tails, kurtosis up to 5.4. `path_energy` draws it from the bridge's
 first sine, which has nine tenths of that variance; of `n / b` blocks the mean varies less.
 
+Sums of one product add their terms in one order, so what depends on the order does not average out
+between them. A term of share `f` of the squares counts in every partial sum after it: at the place
+`0 <= t <= 1` of the order, `2 (1 - t)` times as often as on average. `common_order` draws a place
+for every term, alike for all sums: `sum 2 f (1 - t)`, of mean 1 and variance `sum f**2 / 3`.
+
 That is for terms of like size. An addition errs by no more than its smaller part, so a sum of one
 large term and many small ones errs by no more than the small ones are, which may be lost in it.
 
@@ -131,6 +136,7 @@ def accumulation_error(
     """
     walk = walk_of(profile, stage, value, accumulation) if walk is None else walk
     energy = path_energy(walk.straight, walk.bent, walk.blocks, rng)
+    energy *= common_order(walk.accumulation, rng)
     energy += walk.products
     error: Array = rng.standard_normal(value.shape)
     error *= np.sqrt(_variance(profile, stage, value, walk.accumulation, energy))
@@ -159,6 +165,7 @@ def _once(sums: Accumulation) -> Accumulation:
         squares=functools.cache(sums.squares),
         visible=None if sums.visible is None else functools.cache(sums.visible),
         rest=None if sums.rest is None else functools.cache(sums.rest),
+        shares=None if sums.shares is None else functools.cache(sums.shares),
     )
 
 
@@ -211,6 +218,23 @@ def path_energy(
     change += straight
     change += bent
     return np.maximum(change, 0.0, out=change)
+
+
+def common_order(sums: Accumulation, rng: np.random.Generator) -> float:
+    """Draw what one order of the terms, common to all sums of a product, does to their energy.
+
+    Args:
+        sums: how the product was summed.
+        rng: source of the randomness; a child of it is drawn from, so its own stream goes on alike.
+
+    Returns:
+        Factor of mean 1 on the sums of squares of all paths; 1 where the shares are unknown.
+    """
+    if sums.shares is None:
+        return 1.0
+    shares = sums.shares()
+    places = rng.spawn(1)[0].random(len(shares))
+    return float(2.0 * (shares @ (1.0 - places)))
 
 
 def block_length(

@@ -77,7 +77,13 @@ def product(x: Array, weight: Array) -> tuple[Array, Accumulation]:
             squared.append(np.square(x) @ np.square(weight).T)
         return squared[0]
 
-    return x @ weight.T, Accumulation(x.shape[-1], squares)
+    def shares() -> Array:
+        of_terms = np.square(x).reshape(-1, x.shape[-1]).sum(axis=0) * np.square(weight).sum(axis=0)
+        total = float(of_terms.sum())
+        even: Array = np.full_like(of_terms, 1.0 / x.shape[-1])
+        return of_terms / total if total > 0 else even
+
+    return x @ weight.T, Accumulation(x.shape[-1], squares, shares=shares)
 
 
 def add_bias(

@@ -152,6 +152,8 @@ class Accumulation:
             where all are positive, else the root of their sum of squares; None is unknown.
         terms: yields the terms of all sums in order, each shaped like the value, masked ones as
             zeros: as many as `length`, and those that a stage adds besides; None is unknown.
+        shares: computes the share that each term has in the squares of all sums together,
+            `(length,)`, where all sums run over the same axis; None is unknown.
     """
 
     length: int
@@ -159,6 +161,7 @@ class Accumulation:
     visible: Callable[[], Array] | None = None
     rest: Callable[[], Array] | None = None
     terms: Callable[[], Iterator[Array]] | None = None
+    shares: Callable[[], Array] | None = None
 
     def count(self) -> Array:
         """Return how many terms each sum adds, broadcastable to the value."""

@@ -13,9 +13,11 @@ from conformance.sums import (
     accumulation_error,
     accumulation_scale,
     block_length,
+    common_order,
     partial_sums,
 )
 from golden import Accumulation, Array
+from golden.heads import product
 
 SUMS = 20_000
 FEW_ROWS = profile_named("flash", "float32").few_rows
@@ -185,3 +187,59 @@ def test_drawn_errors_have_the_tails_of_measured_ones(length: int, block: int, m
     if block == length:
         # normal errors of one size have 3, known to sqrt(24 / 60,000) = 0.02
         assert min(tails) > 3.5
+
+
+def outlying(place: int) -> tuple[Array, Array]:
+    """200 inputs of 256 channels, one of them eight times as large, and 128 rows of weights."""
+    rng = np.random.default_rng(7)
+    x, weight = rng.standard_normal((200, 256)), rng.standard_normal((128, 256))
+    x[:, place] *= 8.0
+    return x, weight
+
+
+@pytest.mark.parametrize("place", [0, 64, 255])
+def test_a_large_channel_counts_in_the_partial_sums_after_it(place: int) -> None:
+    x, weight = outlying(place)
+    terms = (x[:, None] * weight).astype(np.float32).astype(np.float64)
+    exact = terms.sum(axis=-1)
+    predicted = accumulation_scale(profile(256), "denominator", exact, accumulation(terms))
+    rounded = predicted > 0  # a few sums are float32 numbers by chance
+    measured = rms((float32_sum(terms, 256) - exact)[rounded] / predicted[rounded]) ** 2
+    shares = product(x, weight)[1].shares
+    assert shares is not None
+    of_order = float(2.0 * (shares() @ (1.0 - (np.arange(256) + 0.5) / 256)))
+    # beside the order, errors of sums are 0.97 to 1.08 of the prediction, as above
+    assert 0.97**2 <= measured / of_order <= 1.08**2
+    assert abs(of_order - 1.0) > 0.05
+
+
+def test_the_factor_of_a_common_order_has_its_mean_and_variance() -> None:
+    sums = product(*outlying(3))[1]
+    assert sums.shares is not None
+    draws = 4000
+    rng = np.random.default_rng(1)
+    factors = np.array([common_order(sums, rng) for _ in range(draws)])
+    variance = float(np.square(sums.shares()).sum()) / 3
+    # five standard errors of a mean, and of a variance whose fourth moment is below a normal one's
+    assert abs(factors.mean() - 1.0) < 5 * math.sqrt(variance / draws)
+    assert abs(factors.var() / variance - 1.0) < 5 * math.sqrt(2 / draws)
+
+
+def test_the_order_is_drawn_beside_the_stream_and_not_for_unknown_shares() -> None:
+    sums = product(*outlying(3))[1]
+    one, other = (np.random.default_rng(5) for _ in range(2))
+    assert common_order(sums, one) != 1.0
+    assert common_order(accumulation(np.ones((2, 4))), one) == 1.0
+    assert one.random() == other.random()
+
+
+def test_shares_are_those_of_the_squared_terms() -> None:
+    x, weight = outlying(9)
+    shares = product(x, weight)[1].shares
+    assert shares is not None
+    squares = np.square(x[:, None] * weight).sum(axis=(0, 1))
+    # sums of 25,600 positive terms in two orders
+    assert np.abs(shares() / (squares / squares.sum()) - 1).max() < 25_600 * 2**-52
+    nothing = product(np.zeros((2, 4)), np.zeros((3, 4)))[1].shares
+    assert nothing is not None
+    assert np.array_equal(nothing(), np.full(4, 0.25))
