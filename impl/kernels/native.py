@@ -75,16 +75,10 @@ def attention_scores(
     kv_heads = k.shape[1]
     rows = q.to(dtype).reshape(batch, kv_heads, heads // kv_heads * q_len, head_dim)
     columns = k.to(dtype) if k_transposed else k.to(dtype).transpose(2, 3)
-    scores = as_scores(torch.matmul(rows, columns), rule)
-    return scores.reshape(batch, kv_heads, heads // kv_heads, q_len, scores.shape[-1])
-
-
-def as_scores(products: Tensor, rule: ScoreRule) -> Tensor:
-    """Scores before masking, of products of queries and keys in the compute dtype."""
-    scores = products / rule.divisor
+    scores = torch.matmul(rows, columns) / rule.divisor
     if rule.softcap is not None:
         scores = torch.tanh(scores / rule.softcap) * rule.softcap
-    return scores
+    return scores.reshape(batch, kv_heads, heads // kv_heads, q_len, scores.shape[-1])
 
 
 def masked(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -94,7 +88,7 @@ def masked(scores: Tensor, mask: Tensor | None) -> Tensor:
     return scores.masked_fill(~mask.unsqueeze(1), float("-inf"))
 
 
-def softmax(parts: list[Tensor], sink: Tensor | None) -> list[Tensor]:
+def _softmax(parts: list[Tensor], sink: Tensor | None) -> list[Tensor]:
     """Softmax over the last axes of all parts together, and over the sink if there is one.
 
     Args:
@@ -158,7 +152,7 @@ def context_encoding(
     Returns:
         Like `q`, in its dtype.
     """
-    (weights,) = softmax([masked(attention_scores(q, k, rule), mask)], sink)
+    (weights,) = _softmax([masked(attention_scores(q, k, rule), mask)], sink)
     return weighted_values(weights, v, mask).to(q.dtype)
 
 
@@ -196,6 +190,6 @@ def token_generation(
     wide = q.to(compute_dtype(q.dtype))  # once, so that the gradient of q is rounded once
     prior = attention_scores(wide, k_prior, rule, k_transposed=k_prior_transposed)
     active = attention_scores(wide, k, rule)
-    w_prior, w_active = softmax([masked(prior, prior_mask), masked(active, active_mask)], sink)
+    w_prior, w_active = _softmax([masked(prior, prior_mask), masked(active, active_mask)], sink)
     out = weighted_values(w_prior, v_prior, prior_mask)
     return (out + weighted_values(w_active, v, active_mask)).to(q.dtype)
