@@ -268,7 +268,8 @@ class NeuronAttentionBase(AttentionLayer):
             kv_mgr: cache to read or write inside the layer.
             get_kv_per_layer: take `past_key_value` from `kv_mgr`, layer `idx`.
             update_kv_per_layer: return the whole updated cache of layer `idx` instead of the
-                step's K and V.
+                step's K and V: a new one, but in decode under
+                `attn_block_tkg_nki_kernel_cache_update` the cache itself, written to in place.
             residual: like `hidden_states`. Where the QKV kernel would fuse the addition, as above,
                 the layer reads `hidden_states + residual` and returns that sum as `residual`, the
                 stream to which the output is to be added; otherwise it is returned unchanged.
@@ -390,6 +391,11 @@ class NeuronAttentionBase(AttentionLayer):
             residual=residual,
             use_polar_compatible_rope=polar,
         )
+        manager = require_manager(kv_mgr, cache_arguments) if update_kv_per_layer else None
+        in_place = not encodes and self.neuron_config.attn_block_tkg_nki_kernel_cache_update
+        if manager is not None and in_place and get_kv_per_layer and self.uses_block(step):
+            slots = manager.slots_read(position_ids=position_ids, **cache_arguments)
+            step = step._replace(write_slots=slots)
         if self.attention_chunk_size and self.cp_degree == 1:
             output = self.chunked_attention_forward(step)
         elif self.attention_chunk_size:
@@ -399,9 +405,8 @@ class NeuronAttentionBase(AttentionLayer):
         else:
             output = self.standard_causal_attention_forward(step)
 
-        if not update_kv_per_layer:
+        if manager is None:
             return output
-        manager = require_manager(kv_mgr, cache_arguments)
         if encodes:
             position_ids = before.natural(position_ids, 1)
             slots = cache_arguments.get("scatter_index")
@@ -412,13 +417,18 @@ class NeuronAttentionBase(AttentionLayer):
             cache_arguments = update_arguments(
                 cache_arguments, packing, position_ids, self.neuron_config, kept
             )
+        if step.write_slots is not None:
+            updated = manager.stored_kv(
+                cache_arguments["idx"], cache_arguments.get("kvcache_buffer")
+            )
+        else:
+            update = manager.write_kv_by_layer_id if in_place else manager.update_kv_by_layer_id
+            updated = update(
+                position_ids=position_ids, kv_per_layer=output.present_key_value, **cache_arguments
+            )
         return NeuronAttentionBaseOutput(
             hidden_states=output.hidden_states,
-            present_key_value=manager.update_kv_by_layer_id(
-                position_ids=position_ids,
-                kv_per_layer=output.present_key_value,
-                **cache_arguments,
-            ),
+            present_key_value=updated,
             cos_cache=output.cos_cache,
             sin_cache=output.sin_cache,
             residual=output.residual,

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from impl.attention_inputs import Norm
 from impl.attention_output import AttentionOutput
@@ -19,6 +20,7 @@ from impl.kernels.token_generation_block import (
     RMSWeight,
     token_generation_block,
 )
+from impl.kv_cache.token_writes import write_step
 from impl.norms import QKNormPlacement, QKNormScope, RMSNorm
 from impl.output import NeuronAttentionBaseOutput
 from impl.slot_positions import SlotLayout
@@ -69,6 +71,7 @@ class AttentionBlock(AttentionOutput):
         use_polar_compatible_rope: bool = False,
         rotary_dim: int | None = None,
         cache_layout: SlotLayout | None = None,
+        updates: bool = False,
         trains: bool = False,
         device_type: str = "cpu",
     ) -> KernelChoice:
@@ -82,6 +85,7 @@ class AttentionBlock(AttentionOutput):
             use_polar_compatible_rope: see `forward`.
             rotary_dim: channels of a head that turn; None is as the layer's embedding says.
             cache_layout: which position each slot holds; None is the layer's own.
+            updates: the step's tokens are written to the cache that it reads, in place.
             trains: whether gradients will be asked for.
             device_type: where it runs.
         """
@@ -113,12 +117,19 @@ class AttentionBlock(AttentionOutput):
                 slots=slots,
                 head_dim=self.head_dim,
                 dtype=self.torch_dtype,
+                updates=updates and obstacle is None and self._reads_in_place,
                 trains=trains,
                 device_type=device_type,
             ),
             block_obstacle=obstacle,
             nki_obstacle=nki_obstacle,
         )
+
+    @property
+    def _reads_in_place(self) -> bool:
+        """Whether PyTorch's fused attention could compute a decode step over its cache."""
+        sinks = self.get_learned_sinks(is_prefill_stage=False)
+        return not self.k_cache_transposed and sinks is None and self.score_rule.softcap is None
 
     def _block_rule(self, polar: bool) -> BlockRule:
         return BlockRule(
@@ -181,6 +192,8 @@ class AttentionBlock(AttentionOutput):
             use_polar_compatible_rope=polar,
             rotary_dim=None if cos is None else cos.shape[-1] * (2 if polar else 1),
             cache_layout=step.cache_layout,
+            # PyTorch's attention over a cache needs values: see impl.kernels.updated
+            updates=step.write_slots is not None and not isinstance(hidden_states, FakeTensor),
             trains=trains(hidden_states, k_cache, v_cache, *_tensors(weights)),
             device_type=hidden_states.device.type,
         )
@@ -197,9 +210,14 @@ class AttentionBlock(AttentionOutput):
             out = attention_block_tkg(
                 hidden_states, weights, rule, logical_nc_config=cores, **arguments
             )
+            if step.write_slots is not None:
+                rows = k_cache.transpose(2, 3) if self.k_cache_transposed else k_cache
+                write_step(rows, v_cache, out.k, out.v, step.write_slots)
         else:
             rule = replace(rule, implementation=choice.implementation)
-            out = token_generation_block(hidden_states, weights, rule, **arguments)
+            out = token_generation_block(
+                hidden_states, weights, rule, write_slots=step.write_slots, **arguments
+            )
         output, phase = out.hidden_states, self.parallel.decode
         if phase.stage.tp.size > 1:
             output = self.get_o_proj(False).o_proj.add_up(output, phase.reduce)

@@ -32,6 +32,8 @@ class DecodeStep:
         slots: cached keys of a row, used or not.
         head_dim: width of a head.
         dtype: of the cache as it is read.
+        updates: the step's tokens are written to the cache that is read, and PyTorch's fused
+            attention could compute the step: keys are stored as rows, without sinks or softcap.
         trains: whether gradients will be asked for.
         device_type: where it runs.
     """
@@ -43,6 +45,7 @@ class DecodeStep:
     slots: int
     head_dim: int
     dtype: torch.dtype
+    updates: bool = False
     trains: bool = False
     device_type: str = "cpu"
 
@@ -52,11 +55,14 @@ class DecodeStep:
         return self.batch * self.num_key_value_heads * self.slots * self.head_dim
 
     @property
-    def headwise(self) -> bool:
-        """Whether it pays to convert the cache head by head, and nothing needs a graph of it."""
+    def narrow(self) -> bool:
+        """Whether it is an eager step on the CPU over 16 bits: no graph of it is needed."""
         graph = self.trains or torch.compiler.is_compiling()
-        if graph or self.device_type != "cpu" or self.dtype.itemsize != 2:
-            return False
+        return not graph and self.device_type == "cpu" and self.dtype.itemsize == 2
+
+    @property
+    def headwise(self) -> bool:
+        """Whether it pays to convert a cache of 16 bits head by head."""
         scores = self.batch * self.num_attention_heads * self.q_len * self.slots
         return self.slots * self.head_dim >= HEADWISE_SLOTS and scores <= HEADWISE_SCORES
 
@@ -73,11 +79,14 @@ def resolve_decode_kernel(step: DecodeStep) -> Implementation:
         | condition | implementation |
         | --- | --- |
         | on neuron, whose compiler tiles the whole itself | NATIVE |
+        | eager on the CPU, 16 bits, `updates` | SDPA |
         | eager on the CPU, 16 bits, `HEADWISE_SLOTS`, `HEADWISE_SCORES` | HEADWISE |
         | a cache of at most `NATIVE_CACHE` elements | NATIVE |
         | otherwise: nothing as long as the cache is copied | FLASH |
     """
-    if step.headwise:
+    if step.narrow and step.updates:
+        return Implementation.SDPA
+    if step.narrow and step.headwise:
         return Implementation.HEADWISE
     if step.cache_size <= NATIVE_CACHE or step.device_type == "neuron":
         return Implementation.NATIVE

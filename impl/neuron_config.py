@@ -80,6 +80,8 @@ class NeuronConfig:
         strided_context_parallel_kernel_enabled: the strided flash kernel; needs `cp_degree > 1`.
         attn_tkg_nki_kernel_enabled: NKI kernel for decode attention.
         attn_block_tkg_nki_kernel_enabled: NKI kernel for the whole decode attention block.
+        attn_block_tkg_nki_kernel_cache_update: a decode step with `update_kv_per_layer` writes its
+            tokens into the cache in place, in place of returning an updated copy.
         attn_block_tkg_nki_kernel_cascaded_attention: its cascaded form.
         qkv_kernel_enabled: the fused QKV kernel.
         qkv_nki_kernel_enabled: its NKI form.
@@ -132,6 +134,7 @@ class NeuronConfig:
     strided_context_parallel_kernel_enabled: bool = False
     attn_tkg_nki_kernel_enabled: bool = False
     attn_block_tkg_nki_kernel_enabled: bool = False
+    attn_block_tkg_nki_kernel_cache_update: bool = False
     attn_block_tkg_nki_kernel_cascaded_attention: bool = False
     qkv_kernel_enabled: bool = False
     qkv_nki_kernel_enabled: bool = False
@@ -280,5 +283,12 @@ class NeuronConfig:
                 self.qkv_kernel_enabled,
                 "qkv_kernel_enabled",
                 "be True when attn_block_tkg_nki_kernel_enabled is True",
+                False,
+            )
+        elif self.attn_block_tkg_nki_kernel_cache_update:
+            require(
+                False,
+                "attn_block_tkg_nki_kernel_enabled",
+                "be True when attn_block_tkg_nki_kernel_cache_update is True",
                 False,
             )

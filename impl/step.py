@@ -39,6 +39,8 @@ class StepInputs(NamedTuple):
         attention_mask: see `forward`.
         past_key_value: keys and values before this step, or None.
         cache_layout: which position each slot of them holds; None is the layer's own.
+        write_slots: `(batch, seq_len)`, int64: slots of `past_key_value` that a decode step of one
+            call writes its tokens to, in place, negative for nowhere; None writes nothing.
         active_mask: see `forward`.
         packing: how sequences stand in the row, or None for one sequence a row.
         owners: `(batch,)`, or of a packed row `(sequences,)`, integer: which data-parallel group
@@ -58,6 +60,7 @@ class StepInputs(NamedTuple):
     attention_mask: Tensor | None = None
     past_key_value: KeyValue | None = None
     cache_layout: SlotLayout | None = None
+    write_slots: Tensor | None = None
     active_mask: Tensor | None = None
     packing: PackedSequences | None = None
     owners: Tensor | None = None

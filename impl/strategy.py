@@ -52,7 +52,8 @@ class Implementation(Enum):
     NATIVE = "native"
     """The plain torch form: any positions and any mask, all scores at once."""
     SDPA = "sdpa"
-    """PyTorch's own fused attention: causal or full, without softcap or limits."""
+    """PyTorch's own fused attention: causal or full, without softcap or limits; in decode, eager on
+    the CPU, over a cache that the step is written to first."""
     FLASH = "flash"
     """The streamed torch form: everything, a tile of scores at a time."""
     HEADWISE = "headwise"

@@ -76,10 +76,22 @@ def _drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+IN_PLACE = {
+    "fused_qkv": True,
+    "qkv_kernel_enabled": True,
+    "attn_block_tkg_nki_kernel_enabled": True,
+    "attn_block_tkg_nki_kernel_cache_update": True,
+}
+"""A decode step as one function that writes its tokens into the cache, as the peers' do."""
+
+
 def _impl_layer(step: Step, **features: Any) -> impl.NeuronAttentionBase:
     length = step.prior + step.tokens
+    run: dict[str, Any] = IN_PLACE if step.prior else {}
     config = impl.InferenceConfig(
-        neuron_config=impl.NeuronConfig(torch_dtype=step.dtype, batch_size=1, seq_len=length),
+        neuron_config=impl.NeuronConfig(
+            torch_dtype=step.dtype, batch_size=1, seq_len=length, **run
+        ),
         hidden_size=step.hidden_size,
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
@@ -112,15 +124,21 @@ def _impl(layer: impl.NeuronAttentionBase, step: Step) -> Call:
     if not step.prior:
         arguments["attention_mask"] = torch.ones_like(positions, dtype=torch.bool)
         return lambda: layer(hidden, **arguments).hidden_states
-    caches = step.caches()
+    manager = impl.KVCacheManager(layer.config)
+    manager.store(0, step.caches())
+    arguments |= {"kv_mgr": manager, "idx": 0}
+    arguments |= {"get_kv_per_layer": True, "update_kv_per_layer": True}
+    return lambda: layer(hidden, **arguments).hidden_states
 
-    def decode() -> Tensor:
-        out = layer(hidden, past_key_value=caches, **arguments)
-        for cache, new in zip(caches, out.present_key_value, strict=True):
-            cache[:, :, step.prior :] = new
-        return out.hidden_states  # type: ignore[no-any-return]
 
-    return decode
+def _projections(layer: impl.NeuronAttentionBase, step: Step) -> dict[str, Tensor]:
+    """Weights of q, k and v by Transformers' names."""
+    names = ("q_proj", "k_proj", "v_proj")
+    if not step.prior:
+        return {name: getattr(layer.qkv_proj, name).weight for name in names}
+    rows = [heads * HEAD_DIM for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    parts = torch.split(layer.qkv_proj.Wqkv.weight, rows)
+    return dict(zip(names, (part.clone() for part in parts), strict=True))
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
@@ -157,8 +175,7 @@ def _torch(layer: impl.NeuronAttentionBase, step: Step, attend: Attend) -> Call:
     hidden = step.hidden_states()
     assert layer.rotary_emb is not None
     cos, sin = layer.rotary_emb(hidden, step.positions())
-    names = ("q_proj", "k_proj", "v_proj")
-    weights = [getattr(layer.qkv_proj, name).weight for name in names]
+    weights = list(_projections(layer, step).values())
     output = layer.o_proj.o_proj.weight
     caches = step.caches() if step.prior else None
 
@@ -203,11 +220,7 @@ def _transformers(layer: impl.NeuronAttentionBase, step: Step, kind: str) -> Cal
     )
     config._attn_implementation = kind
     module: nn.Module = LlamaAttention(config, layer_idx=0).to(step.dtype).eval()
-    projections = layer.qkv_proj
-    state = {
-        f"{name}.weight": getattr(projections, name).weight
-        for name in ("q_proj", "k_proj", "v_proj")
-    }
+    state = {f"{name}.weight": weight for name, weight in _projections(layer, step).items()}
     module.load_state_dict({**state, "o_proj.weight": layer.o_proj.o_proj.weight})
     module.requires_grad_(False)
     hidden = step.hidden_states()

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from impl.errors import ShapeError, explain
+from impl.kernels import updated
 from impl.kernels.decode import decode
 from impl.kernels.native import ScoreRule
-from impl.kv_cache.token_writes import token_places, write_tokens
+from impl.kv_cache.token_writes import write_step
 from impl.norms import RMSNorm, rms_normalize
 from impl.rotation import apply_rotary_polar_compatible, apply_rotary_pos_emb
 from impl.strategy import Implementation
@@ -89,7 +90,8 @@ class BlockRule:
         norm_after_rope: q and k are normed after their rotation, not before.
         interleaved: pairing of the rotation: neighbours, not halves.
         k_cache_transposed: cached keys are stored as columns.
-        implementation: who computes attention, from `impl.decode_strategy.resolve_decode_kernel`.
+        implementation: who computes attention, from `impl.decode_strategy.resolve_decode_kernel`;
+            SDPA needs `write_slots`.
     """
 
     num_key_value_heads: int
@@ -106,8 +108,7 @@ class BlockOutput(NamedTuple):
 
     Attributes:
         hidden_states: `(batch, q_len, hidden_size)`.
-        k: the step's keys, `(batch, num_key_value_heads, q_len, head_dim)`, or the whole cache with
-            them in it, as stored, if `write_slots` was given.
+        k: the step's keys, `(batch, num_key_value_heads, q_len, head_dim)`.
         v: likewise.
     """
 
@@ -139,16 +140,16 @@ def token_generation_block(
             None is no rotation.
         sin: likewise; both or neither.
         k_cache: `(batch, num_key_value_heads, slots, head_dim)`, or with its last two axes
-            exchanged if `k_cache_transposed`. Not changed.
-        v_cache: `(batch, num_key_value_heads, slots, head_dim)`. Not changed.
+            exchanged if `k_cache_transposed`. Changed only if `write_slots` is given.
+        v_cache: `(batch, num_key_value_heads, slots, head_dim)`, likewise.
         prior_mask: `(batch or 1, 1, q_len or 1, slots)`, bool, True = attend: slots to read.
         active_mask: `(batch or 1, 1, q_len, q_len)`, bool: which of the step's tokens see each
             other; None is all of it.
-        write_slots: `(batch, q_len)`, integer: where to write the step's tokens, negative for
-            nowhere; None leaves that to the caller.
+        write_slots: `(batch, q_len)`, integer: slots of the caches to write the step's tokens to,
+            in place, negative for nowhere; None leaves that to the caller.
 
     Returns:
-        Hidden states, and keys and values: the step's, or the updated caches.
+        Hidden states, and the step's keys and values.
 
     Raises:
         ShapeError: weights do not fit the heads, or only one of cos and sin is given.
@@ -166,6 +167,11 @@ def token_generation_block(
         )
     if (cos is None) != (sin is None):
         raise ShapeError(explain("cos and sin", "be given together", "one of them"))
+    if write_slots is not None and tuple(write_slots.shape) != (batch, q_len):
+        raise ShapeError(
+            explain("write_slots", f"have shape {(batch, q_len)}", tuple(write_slots.shape))
+        )
+    slots = None if write_slots is None else write_slots.to(torch.int64)
     if weights.input_norm is not None:
         hidden_states = weights.input_norm(hidden_states)
     flat = functional.linear(hidden_states, weights.qkv, weights.qkv_bias)
@@ -180,33 +186,30 @@ def token_generation_block(
         q, k = rotate(q, k, cos, sin)
     if rule.norm_after_rope:
         q, k = _normed(q, k, weights)
-    heads = decode(
-        q,
-        k,
-        v,
-        k_cache,
-        v_cache,
-        prior_mask,
-        active_mask,
-        weights.sink,
-        rule.score,
-        implementation=rule.implementation,
-        k_prior_transposed=rule.k_cache_transposed,
-    )
+    if rule.implementation is Implementation.SDPA and slots is not None:
+        heads = updated.token_generation(
+            q, k, v, k_cache, v_cache, prior_mask, active_mask, rule.score, slots
+        )
+    else:
+        heads = decode(
+            q,
+            k,
+            v,
+            k_cache,
+            v_cache,
+            prior_mask,
+            active_mask,
+            weights.sink,
+            rule.score,
+            implementation=rule.implementation,
+            k_prior_transposed=rule.k_cache_transposed,
+        )
+        if slots is not None:
+            rows = k_cache.transpose(2, 3) if rule.k_cache_transposed else k_cache
+            write_step(rows, v_cache, k, v, slots)
     merged = heads.transpose(1, 2).flatten(2)
     output = functional.linear(merged, weights.output, weights.output_bias)
-    if write_slots is None:
-        return BlockOutput(output, k, v)
-    if tuple(write_slots.shape) != (batch, q_len):
-        raise ShapeError(
-            explain("write_slots", f"have shape {(batch, q_len)}", tuple(write_slots.shape))
-        )
-    lines = torch.arange(batch, device=q.device)[:, None].expand(batch, q_len)
-    places = token_places(lines, write_slots.to(torch.int64))
-    k_cache, v_cache = k_cache.clone(), v_cache.clone()
-    write_tokens(k_cache.transpose(2, 3) if rule.k_cache_transposed else k_cache, k, places)
-    write_tokens(v_cache, v, places)
-    return BlockOutput(output, k_cache, v_cache)
+    return BlockOutput(output, k, v)
 
 
 def _normed(q: Tensor, k: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor]:

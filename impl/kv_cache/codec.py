@@ -29,6 +29,7 @@ class Codec(nn.Module):
     coded; its own keys and values are attended to as they are.
 
     Attributes:
+        codes: what is stored are codes, not the layer's numbers.
         scale: broadcasts to BHSD, or None; a buffer, so it follows the module to a device.
 
     Args:
@@ -62,7 +63,7 @@ class Codec(nn.Module):
     ) -> None:
         super().__init__()
         self.stored, self.layer_dtype = stored, layer_dtype
-        coded = stored in CODE_DTYPES
+        self.codes = coded = stored in CODE_DTYPES
         if not coded and (stored != layer_dtype or scale is not None):
             raise ConfigError(
                 explain("kv_cache_quant_dtype", f"be one of {CODE_DTYPES} to quantise", stored)

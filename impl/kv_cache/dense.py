@@ -107,15 +107,36 @@ class DenseCache:
             slots = torch.arange(self.slots, device=positions.device)
             slots = slots.expand(positions.shape[0], self.slots)
             lines = step.lines.masked_fill(~active, -1)
-        elif step.scatter_index is not None:
-            slots = step.scatter_index.to(torch.int64).masked_fill(positions < 0, -1)
-            lines = step.lines
         else:
-            newest = positions.amax(dim=1, keepdim=True)
-            stays = self.layout.stays(positions, newest) & (positions >= 0)
-            slots = self.layout.slot_of(positions.clamp(min=0)).masked_fill(~stays, -1)
+            slots = self._slots(positions, step.scatter_index)
             lines = step.lines
         return token_places(lines[:, None].expand(slots.shape), slots)
+
+    def slots_read(
+        self, positions: Tensor, scatter_index: Tensor | None, *, length: int | None
+    ) -> Tensor | None:
+        """Slots that a step's tokens are written to in what `read` returns of all lines.
+
+        Args:
+            positions: `(batch, seq_len)`, int64, negative for padding.
+            scatter_index: as in `Step`.
+            length: as in `read`.
+
+        Returns:
+            `(batch, seq_len)`, int64, negative for nowhere; None if slots move or are left out.
+        """
+        cut = length is not None and self.layout.slots_for(length) < self.slots
+        if cut or isinstance(self.layout, LeftPaddedSlots):
+            return None
+        return self._slots(positions, scatter_index)
+
+    def _slots(self, positions: Tensor, given: Tensor | None) -> Tensor:
+        """Slots of a step's tokens, negative for nowhere, where tokens have fixed ones."""
+        if given is not None:
+            return given.to(torch.int64).masked_fill(positions < 0, -1)
+        newest = positions.amax(dim=1, keepdim=True)
+        stays = self.layout.stays(positions, newest) & (positions >= 0)
+        return self.layout.slot_of(positions.clamp(min=0)).masked_fill(~stays, -1)
 
     def write(self, stored: Tensor, keys: bool, new: Tensor, step: Step, places: Places) -> None:
         """Write a step's tokens, in place.

@@ -25,7 +25,8 @@ class KVCacheManager(nn.Module):
 
     `update_*` is functional: it returns the new cache and changes nothing, so a step can be traced
     and its outputs aliased to the cache; `store` puts a result into place. `write_kv_by_layer_id`
-    does both at once without a copy.
+    does both at once without a copy, and so does a layer's decode step under
+    `attn_block_tkg_nki_kernel_cache_update`.
 
     Which cache a layer gets follows from the configuration; `impl.kv_cache.plan` says how. What
     slots hold at a step follows from `layout` and the step's positions, so a slot left over from an
@@ -170,7 +171,7 @@ class KVCacheManager(nn.Module):
                 seq_ids, batch, self.lines, seq_ids.device, first_line=self.first_line
             )
         found: list[Tensor] = []
-        for keys, stored in zip((True, False), self._stored(idx, kvcache_buffer), strict=True):
+        for keys, stored in zip((True, False), self.stored_kv(idx, kvcache_buffer), strict=True):
             rows = cache.read(
                 stored,
                 keys,
@@ -233,7 +234,7 @@ class KVCacheManager(nn.Module):
         """
         del is_for_context_encoding, seq_len
         _check_unserved(unserved)
-        k, v = self._stored(idx, kvcache_buffer)
+        k, v = self.stored_kv(idx, kvcache_buffer)
         fresh = (
             k.clone(memory_format=torch.contiguous_format),
             v.clone(memory_format=torch.contiguous_format),
@@ -249,21 +250,72 @@ class KVCacheManager(nn.Module):
         *,
         position_ids: Tensor,
         kv_per_layer: KeyValue,
+        is_for_context_encoding: bool = False,
         seq_ids: Tensor | None = None,
+        seq_len: int | None = None,
         scatter_index: Tensor | None = None,
         active_block_table: Tensor | None = None,
-    ) -> None:
-        """Do what `update_kv_by_layer_id` and `store` do, in place; arguments as there."""
+        kvcache_buffer: Sequence[KeyValue] | None = None,
+        **unserved: Any,
+    ) -> KeyValue:
+        """Do what `update_kv_by_layer_id` and `store` do, in place.
+
+        Arguments and result are as there, but `kvcache_buffer[idx]` itself is written to.
+        """
+        del is_for_context_encoding, seq_len
+        _check_unserved(unserved)
+        stored = self.stored_kv(idx, kvcache_buffer)
         with torch.no_grad():
             self._write(
                 idx,
-                self._stored(idx, None),
+                stored,
                 position_ids,
                 kv_per_layer,
                 seq_ids,
                 scatter_index,
                 active_block_table,
             )
+        return stored
+
+    def slots_read(
+        self,
+        idx: int,
+        position_ids: Tensor,
+        *,
+        seq_len: int | None = None,
+        seq_ids: Tensor | None = None,
+        scatter_index: Tensor | None = None,
+        **others: Any,
+    ) -> Tensor | None:
+        """Slots that a step's tokens go to in what `get_kv_by_layer_id` returns as views.
+
+        Args:
+            idx: the layer.
+            position_ids: `(batch, seq_len)`, integer; negative for padding.
+            seq_len: as in `get_kv_by_layer_id`, like the rest.
+            seq_ids: see `seq_len`.
+            scatter_index: see `seq_len`; the slots themselves.
+            **others: no difference.
+
+        Returns:
+            `(batch, seq_len)`, int64, negative for nowhere; None if copies are returned, or not all
+            of the slots.
+
+        Raises:
+            ShapeError: `scatter_index` has another shape.
+        """
+        del others
+        if seq_ids is not None or self._codec(idx, True).codes:
+            return None
+        _check_scatter_index(scatter_index, position_ids)
+        positions = position_ids.to(torch.int64)
+        return self.caches[idx].slots_read(positions, scatter_index, length=seq_len)
+
+    def stored_kv(self, idx: int, kvcache_buffer: Sequence[KeyValue] | None = None) -> KeyValue:
+        """K and V of a layer as they are stored, those of `kvcache_buffer` if it is given."""
+        if kvcache_buffer is not None:
+            return kvcache_buffer[idx]
+        return self.past_key_values[2 * idx], self.past_key_values[2 * idx + 1]
 
     def update_cache(
         self,
@@ -310,7 +362,7 @@ class KVCacheManager(nn.Module):
             kv: what `update_kv_by_layer_id` returned.
         """
         with torch.no_grad():
-            for own, new in zip(self._stored(idx, None), kv, strict=True):
+            for own, new in zip(self.stored_kv(idx), kv, strict=True):
                 own.copy_(new)
 
     def reset(self) -> None:
@@ -323,11 +375,6 @@ class KVCacheManager(nn.Module):
         codec = self.codecs[2 * idx + (not keys)]
         assert isinstance(codec, Codec)
         return codec
-
-    def _stored(self, idx: int, buffer: Sequence[KeyValue] | None) -> KeyValue:
-        if buffer is not None:
-            return buffer[idx]
-        return self.past_key_values[2 * idx], self.past_key_values[2 * idx + 1]
 
     def _lines(self, seq_ids: Tensor | None, position_ids: Tensor) -> Tensor:
         return cache_lines(
@@ -357,6 +404,7 @@ class KVCacheManager(nn.Module):
                     f"{position_ids.dtype} {tuple(position_ids.shape)}",
                 )
             )
+        _check_scatter_index(scatter_index, position_ids)
         batch, seq_len = position_ids.shape
         expected = (batch, cache.heads, seq_len, cache.width)
         for name, new in zip(("k", "v"), kv_per_layer, strict=True):
@@ -364,12 +412,6 @@ class KVCacheManager(nn.Module):
                 raise ShapeError(
                     explain(name, f"have shape {expected}, BHSD", tuple(new.shape), "is it BHSD?")
                 )
-        if scatter_index is not None and tuple(scatter_index.shape) != (batch, seq_len):
-            raise ShapeError(
-                explain(
-                    "scatter_index", f"have shape {(batch, seq_len)}", tuple(scatter_index.shape)
-                )
-            )
         step = Step(
             positions=position_ids.to(torch.int64),
             lines=self._lines(seq_ids, position_ids),
@@ -379,6 +421,14 @@ class KVCacheManager(nn.Module):
         places = cache.places(step)
         for keys, own, new in zip((True, False), stored, kv_per_layer, strict=True):
             cache.write(own, keys, self._codec(idx, keys).encode(new), step, places)
+
+
+def _check_scatter_index(scatter_index: Tensor | None, position_ids: Tensor) -> None:
+    if scatter_index is not None and scatter_index.shape != position_ids.shape:
+        shape = tuple(position_ids.shape)
+        raise ShapeError(
+            explain("scatter_index", f"have shape {shape}", tuple(scatter_index.shape))
+        )
 
 
 def _check_unserved(unserved: dict[str, Any]) -> None:

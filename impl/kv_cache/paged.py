@@ -114,6 +114,12 @@ class PagedCache:
         block = torch.div(slots, self.block_size, rounding_mode="floor")
         return token_places(block, torch.remainder(slots, self.block_size))
 
+    def slots_read(
+        self, positions: Tensor, scatter_index: Tensor | None, *, length: int | None
+    ) -> None:
+        """None: blocks are read as copies; arguments as in `DenseCache.slots_read`."""
+        del positions, scatter_index, length
+
     def write(self, stored: Tensor, keys: bool, new: Tensor, step: Step, places: Places) -> None:
         """Write a step's tokens, in place; arguments as in `DenseCache.write`."""
         write_tokens(self._blocks(stored), new, places)

@@ -13,6 +13,7 @@ from nki_packages import forget_operators, install_packages
 from torch import Tensor, nn
 
 from impl import (
+    KVCacheManager,
     L2Norm,
     LoraServingConfig,
     NeuronAttentionBase,
@@ -230,6 +231,31 @@ def test_a_layer_gives_the_same_by_the_kernel_and_by_itself(
     assert len(kernel.calls) == 1
     pairs = zip(got.present_key_value, want.present_key_value, strict=True)
     for ours, right in [(got.hidden_states, want.hidden_states), *pairs]:
+        assert relative_error(ours, right) < ROUNDOFF
+
+
+@pytest.mark.usefixtures("on_neuron")
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_the_kernel_returns_is_written_into_the_cache(
+    kernel: BlockStandin, transposed: bool
+) -> None:
+    found = []
+    for enabled in (True, False):
+        run: dict[str, Any] = {"k_cache_transposed": transposed, "batch_size": 2}
+        run["attn_block_tkg_nki_kernel_enabled"] = enabled
+        run["attn_block_tkg_nki_kernel_cache_update"] = enabled
+        layer_made = made(torch.float64, run)
+        cache = KVCacheManager(layer_made.config)
+        given = step(torch.float64)
+        past = given.pop("past_key_value")
+        cache.store(0, (past[0].transpose(2, 3) if transposed else past[0], past[1]))
+        given |= {"get_kv_per_layer": True, "update_kv_per_layer": True}
+        got = layer_made(**given, kv_mgr=cache, idx=0)
+        stored = tuple(cache.past_key_values)
+        assert enabled is all(a is b for a, b in zip(got.present_key_value, stored, strict=True))
+        found.append((got.hidden_states, *got.present_key_value))
+    assert len(kernel.calls) == 1
+    for ours, right in zip(*found, strict=True):
         assert relative_error(ours, right) < ROUNDOFF
 
 

@@ -122,6 +122,12 @@ CLAUSES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ConfigError,
         "qkv_kernel_enabled must be True",
     ),
+    "a cache updated in place without the block kernel": (
+        lambda: NeuronConfig(attn_block_tkg_nki_kernel_cache_update=True),
+        ConfigError,
+        "attn_block_tkg_nki_kernel_enabled must be True when "
+        "attn_block_tkg_nki_kernel_cache_update is True",
+    ),
     "fused projection that gathers its output": (
         lambda: GroupQueryAttention_QKV(HIDDEN, 8, 4, 2, fused_qkv=True, gather_output=True),
         ConfigError,

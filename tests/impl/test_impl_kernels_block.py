@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,6 @@ from impl import QKNormPlacement, RMSNorm, RotaryEmbedding, ShapeError
 from impl.kernels import token_generation_block as blocks
 from impl.kernels.native import ScoreRule
 from impl.kernels.token_generation_block import BlockRule, BlockWeights, token_generation_block
-from impl.kv_cache.token_writes import token_places, write_tokens
 from impl.step import Phase, StepInputs
 
 SLOTS = 11
@@ -150,36 +150,49 @@ def arguments(q_len: int = 2) -> dict[str, Any]:
     }
 
 
-def test_the_step_is_written_to_new_caches() -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_step_is_written_into_the_caches(transposed: bool) -> None:
     given = arguments()
-    slots = torch.tensor([[3, 4], [-1, 10]])
+    if transposed:
+        given["k_cache"] = given["k_cache"].transpose(2, 3).contiguous()
+        given["rule"] = replace(given["rule"], k_cache_transposed=True)
+    slots = torch.tensor([[3, 4], [-1, 10]], dtype=torch.int32)
+    before = {name: given[name].clone() for name in ("k_cache", "v_cache")}
     alone = token_generation_block(**given)
+    for name, old in before.items():
+        assert torch.equal(given[name], old)
     got = token_generation_block(**given, write_slots=slots)
-    assert torch.equal(got.hidden_states, alone.hidden_states)
-    for new, step, old in ((got.k, alone.k, "k_cache"), (got.v, alone.v, "v_cache")):
-        expected = given[old].clone()
-        expected[0, :, 3:5] = step[0]
-        expected[1, :, 10] = step[1, :, 1]
-        assert torch.equal(new, expected)
-        assert new.data_ptr() != given[old].data_ptr()
-    lines = torch.arange(2)[:, None].expand(2, 2)
-    write_tokens(given["k_cache"], alone.k, token_places(lines, slots))
-    assert torch.equal(got.k, given["k_cache"])
+    for one, other in zip(got, alone, strict=True):
+        assert torch.equal(one, other)
+    for step, name in ((alone.k, "k_cache"), (alone.v, "v_cache")):
+        expected = before[name]
+        rows = expected.transpose(2, 3) if transposed and name == "k_cache" else expected
+        rows[0, :, 3:5] = step[0]
+        rows[1, :, 10] = step[1, :, 1]
+        assert torch.equal(given[name], expected)
 
 
 def test_it_is_one_graph_and_runs_on_fake_tensors() -> None:
     given = arguments()
     slots = torch.tensor([[3, 4], [5, 6]])
 
-    def step(hidden_states: Tensor) -> Tensor:
-        out = token_generation_block(**{**given, "hidden_states": hidden_states}, write_slots=slots)
-        return torch.cat([out.hidden_states.flatten(), out.k.flatten()])
+    def step(hidden_states: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        tensors = {"hidden_states": hidden_states, "k_cache": k_cache, "v_cache": v_cache}
+        out = token_generation_block(**{**given, **tensors}, write_slots=slots)
+        return out.hidden_states
+
+    def tensors() -> list[Tensor]:
+        return [given[name].clone() for name in ("hidden_states", "k_cache", "v_cache")]
 
     torch._dynamo.reset()
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=False)
-    assert torch.equal(compiled(given["hidden_states"]), step(given["hidden_states"]))
+    ours, theirs = tensors(), tensors()
+    assert torch.equal(compiled(*ours), step(*theirs))
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(ours[1], given["k_cache"])
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        assert step(mode.from_tensor(given["hidden_states"])).dim() == 1
+        assert step(*(mode.from_tensor(tensor) for tensor in tensors())).dim() == 3
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,7 @@ _TREE = golden.tree_mask([-1, 0, 0])
 _DRAFT: dict[str, Any] = {"q_len": 3, "among": _CHAIN}
 _LEFT = {"padding_side": "left"}
 _PREFIX = {"is_prefix_caching": True}
+_BLOCK = {"attn_block_tkg_nki_kernel_enabled": True}
 _PER_HEAD, _PER_CHANNEL = np.array([0.03125, 0.0625]), np.full((2, 8), 0.015625)
 _STORED = {
     "float8_e4m3fn": (Quantisation("float8_e4m3fn"),) * 2,
@@ -236,8 +237,26 @@ PATHS: dict[str, Path] = {
             cached=True,
             manager=manager,
             given=("norm and residual",),
-            run={"attn_block_tkg_nki_kernel_enabled": True, "k_cache_transposed": manager},
+            run={**_BLOCK, "k_cache_transposed": manager},
         )
         for more, manager in (("", False), (", transposed keys, cache read and written", True))
+    },
+    # a cache that a decode step writes in place
+    **{
+        f"decode {layer}, {kind} written in place": _served(
+            layer,
+            q_len=q_len,
+            among=_CHAIN if q_len > 1 else None,
+            own_slots=layer == "window",
+            given=("norm and residual", *given),
+            run={**_BLOCK, "attn_block_tkg_nki_kernel_cache_update": True, **run},
+        )
+        for layer, kind, q_len, given, run in (
+            ("block", "buffer", 1, ("kvcache_buffer",), {}),
+            ("block", "cache", 3, (), {}),
+            ("window", "cache", 1, (), {}),
+            ("fused", "pages", 1, (), _pages()),
+            ("block", "pages", 1, (), _pages()),
+        )
     },
 }

@@ -56,13 +56,18 @@ ELSEWHERE = {
         "kernels.nki_block_arguments.joint_mask",
         "kernels.prefill._nki",
     },
-    "eager alone, on the CPU, so in no graph: test_impl_kernels_decode.py, test_long_layers.py": {
+    "eager alone, on the CPU, so in no graph: test_impl_kernels_decode.py, "
+    "test_impl_kernels_updated.py, test_long_layers.py": {
+        "decode_strategy.DecodeStep.headwise",
         "kernels.headwise._Pieces.__init__",
         "kernels.headwise._Pieces.__iter__",
         "kernels.headwise._add_values",
         "kernels.headwise._exponentials",
         "kernels.headwise._products",
         "kernels.headwise.token_generation",
+        "kernels.updated._attend",
+        "kernels.updated._updated_mask",
+        "kernels.updated.token_generation",
     },
     "long sequences, to the same bits: test_impl_rope.py": {
         "rotation._Turn.of_tokens",
@@ -72,7 +77,6 @@ ELSEWHERE = {
         "flash_decoding.own_tokens",
         "kv_cache.manager.KVCacheManager.get_cache",
         "kv_cache.manager.KVCacheManager.update_cache",
-        "kv_cache.manager.KVCacheManager.write_kv_by_layer_id",
         "output.NeuronAttentionBaseOutput.__getitem__",
         "output.NeuronAttentionBaseOutput.__iter__",
         "output.NeuronAttentionBaseOutput.__len__",
