@@ -21,7 +21,13 @@ import pytest
 
 from conformance.cache_folder import FOLDER_VARIABLE, MEGABYTES
 from conformance.false_alarms import DEFAULT_RATE, FalseAlarms
-from reports.records import CaseRecord, case_from_dict, case_to_dict, write_results
+from reports.records import (
+    CaseRecord,
+    append_result,
+    case_from_dict,
+    case_to_dict,
+    write_results,
+)
 
 if TYPE_CHECKING:
     from conformance.cases import Case
@@ -207,7 +213,7 @@ def attach(request: pytest.FixtureRequest, record: CaseRecord) -> None:
 
 
 class _Recorder:
-    """Gathers the records of a session and writes them when it ends."""
+    """Gathers the records of a session, and writes them as they come and in order at its end."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
@@ -220,7 +226,7 @@ class _Recorder:
             return
         for name, value in report.user_properties:
             if name == _RECORD:
-                self._records.append(case_from_dict(json.loads(str(value))))
+                self._keep(case_from_dict(json.loads(str(value))))
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_handlecrashitem(self, crashitem: str) -> None:
@@ -236,7 +242,22 @@ class _Recorder:
                 lost = lost_record(case, subject, plan.alarms, exact_rules=exact)
                 judged = {(one.case_id, one.subject) for one in self._records}
                 if (lost.case_id, lost.subject) not in judged:  # else it died afterwards
-                    self._records.append(lost)
+                    self._keep(lost)
+
+    def _keep(self, record: CaseRecord) -> None:
+        """Keep a record, in the results file as well: a session that is killed leaves its own."""
+        self._records.append(record)
+        results = self._config.getoption("results")
+        if not results or (Path(results).exists() and not Path(results).is_file()):
+            return  # a pipe or a device takes them once, at the end
+        if len(self._records) == 1:
+            write_results(Path(results), self._environment(), ())
+        append_result(Path(results), record)
+
+    def _environment(self) -> dict[str, Any]:
+        plan = self._config.stash.get(_RESOLVED, None)
+        planned = len(self._records) if plan is None else len(plan.pairs)
+        return describe_environment(self._config, self._started, planned)
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
@@ -248,9 +269,7 @@ class _Recorder:
         from reports.html import write_report
         from reports.records import Results
 
-        plan = self._config.stash.get(_RESOLVED, None)
-        planned = len(self._records) if plan is None else len(plan.pairs)
-        environment = describe_environment(self._config, self._started, planned)
+        environment = self._environment()
         names = subject_names(self._config)
         records = sorted(self._records, key=lambda r: (names.index(r.subject), r.suite, r.case_id))
         if results:
@@ -265,7 +284,7 @@ def describe_environment(config: pytest.Config, started: float, planned: int) ->
     Args:
         config: the session's options.
         started: when it began, seconds since the epoch.
-        planned: number of cases that share the chance of a false alarm.
+        planned: number of cases to judge, which share the chance of a false alarm.
     """
     from impl.devices import environment_report
 
@@ -276,6 +295,7 @@ def describe_environment(config: pytest.Config, started: float, planned: int) ->
         "command": os.environ.get("ATTN_CONFORMANCE_COMMAND", shlex.join(_command_line())),
         "subject": ", ".join(subject_names(config)),
         "tier": config.getoption("tier"),
+        "planned_cases": planned,
         "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(started)),
         "seconds": round(time.time() - started, 1),
         "python": platform.python_version(),

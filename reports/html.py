@@ -106,14 +106,14 @@ def render(results: Results) -> str:
     failures = _failures(keys, cases)
     drawn = {failure.key for failure in failures if failure.blocks}
     names = summary.subjects(results)
-    state, sentence = summary.overall(cases)
+    state, sentence = summary.overall(cases, results.missing)
     style, script = _asset("report.css"), _asset("report.js")
     template = _environment().get_template("report.html.j2")
     page = template.render(
         subjects=names,
         state=state,
         sentence=sentence,
-        each=_each(names, cases),
+        each=[] if results.missing else _each(names, cases),
         verdicts=summary.verdict_counts(cases),
         facts=list(summary.run_facts(results)),
         false_alarms=summary.false_alarms(environment),

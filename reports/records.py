@@ -181,6 +181,15 @@ class Results:
     environment: Mapping[str, Any]
     cases: tuple[CaseRecord, ...]
 
+    @property
+    def missing(self) -> int:
+        """Cases that the run was to judge, as `planned_cases` of its environment says, less these.
+
+        0 where the environment does not say.
+        """
+        planned = self.environment.get("planned_cases")
+        return max(planned - len(self.cases), 0) if type(planned) is int else 0
+
 
 _TEXT_FIELDS = (
     *("case_id", "suite", "model", "layer", "phase", "dtype", "regime", "subject", "profile"),
@@ -265,8 +274,17 @@ def write_results(path: Path, environment: Mapping[str, Any], cases: Iterable[Ca
         head = {"kind": "environment", "schema": SCHEMA_VERSION, **environment}
         file.write(json.dumps(_encode(head), allow_nan=False) + "\n")
         for case in cases:
-            line = {"kind": "case", **case_to_dict(case)}
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+            file.write(_case_line(case))
+
+
+def append_result(path: Path, case: CaseRecord) -> None:
+    """Add a case to a results file that `write_results` began."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(_case_line(case))
+
+
+def _case_line(case: CaseRecord) -> str:
+    return json.dumps({"kind": "case", **case_to_dict(case)}, allow_nan=False) + "\n"
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

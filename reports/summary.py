@@ -26,11 +26,15 @@ def verdict_counts(cases: Sequence[CaseRecord]) -> list[tuple[str, int]]:
     return [(verdict, counts[verdict]) for verdict in VERDICTS]
 
 
-def overall(cases: Sequence[CaseRecord]) -> tuple[str, str]:
+def overall(cases: Sequence[CaseRecord], missing: int = 0) -> tuple[str, str]:
     """Return the state of the whole run and the sentence that says it.
 
+    Args:
+        cases: the records.
+        missing: cases that the run was to judge and that left none: it was stopped.
+
     Returns:
-        `failed`, `passed` or `unsupported` (nothing was judged), and a sentence.
+        `failed`, `passed` or `unsupported` (nothing was judged, or not all), and a sentence.
     """
     counts = Counter(case.verdict for case in cases)
     unsupported = counts["UNSUPPORTED"]
@@ -40,7 +44,14 @@ def overall(cases: Sequence[CaseRecord]) -> tuple[str, str]:
     if failures:
         verb = "fails" if failures == 1 else "fail"
         sentence = f"Does not conform: {failures:,} of {count(judged, 'case')} {verb}{aside}."
-        return "failed", sentence
+        stopped = f" {count(missing, 'more case')} left no record." if missing else ""
+        return "failed", sentence + stopped
+    if missing:
+        whole = count(len(cases) + missing, "case")
+        return (
+            "unsupported",
+            f"No verdict: {missing:,} of {whole} left no record; none failed{aside}.",
+        )
     if judged:
         whole = f"all {judged:,} cases pass" if judged > 1 else "the one case passes"
         return "passed", f"Conforms: {whole}{aside}."

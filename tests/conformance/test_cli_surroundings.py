@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from reports.html import render
+from reports.records import read_results
+
 KERNEL = """
 import torch
 from conformance.subjects import CoreCall
@@ -37,3 +40,31 @@ def test_a_users_own_pytest_configuration_has_no_say(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "results.jsonl").read_text().count('"CONFORMS"') == len(ids)
+
+
+ENDS_THE_RUN = """
+import os
+
+import my_kernel
+
+def attention(call):
+    if call.q.shape[2] > 8:
+        os._exit(9)
+    return my_kernel.attention(call)
+"""
+
+
+def test_a_run_that_is_killed_leaves_what_it_found_and_no_verdict(tmp_path: Path) -> None:
+    (tmp_path / "my_kernel.py").write_text(KERNEL)
+    (tmp_path / "ends_the_run.py").write_text(ENDS_THE_RUN)
+    ids = [f"core-h256-hq8-hkv2-d32/cte-bf16-b1-q{n}-gaussian-seed0" for n in (7, 9, 5)]
+    command = [sys.executable, "-m", "conformance.cli", "run"]
+    command += ["--subject", "ends_the_run:attention", "-j", "1"]
+    for text in ids:
+        command += ["--case", text]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 9, done.stdout + done.stderr
+    found = read_results(tmp_path / "results.jsonl")
+    assert [(case.case_id, case.verdict) for case in found.cases] == [(ids[0], "CONFORMS")]
+    assert found.missing == 2
+    assert "No verdict: 2 of 3 cases left no record; none failed." in render(found)

@@ -175,19 +175,22 @@ def test_distribution_tells_of_conforming_cases_beyond_their_limit(
 
 
 @pytest.mark.parametrize(
-    ("verdicts", "state", "words"),
+    ("verdicts", "missing", "state", "words"),
     [
-        ([], "unsupported", "No verdict: no case was judged."),
-        (["UNSUPPORTED"], "unsupported", "no case was judged; 1 more not supported"),
-        (["CONFORMS"], "passed", "Conforms: the one case passes."),
-        (["CONFORMS"] * 2 + ["UNSUPPORTED"], "passed", "all 2 cases pass; 1 more not supported"),
-        (["CONFORMS", "CRASHED"], "failed", "Does not conform: 1 of 2 cases fails."),
-        (["DEVIATES", "TIMED_OUT"], "failed", "Does not conform: 2 of 2 cases fail."),
+        ([], 0, "unsupported", "No verdict: no case was judged."),
+        (["UNSUPPORTED"], 0, "unsupported", "no case was judged; 1 more not supported"),
+        (["CONFORMS"], 0, "passed", "Conforms: the one case passes."),
+        (["CONFORMS"] * 2 + ["UNSUPPORTED"], 0, "passed", "all 2 cases pass; 1 more not supported"),
+        (["CONFORMS", "CRASHED"], 0, "failed", "Does not conform: 1 of 2 cases fails."),
+        (["DEVIATES", "TIMED_OUT"], 0, "failed", "Does not conform: 2 of 2 cases fail."),
+        (["CONFORMS"], 1, "unsupported", "No verdict: 1 of 2 cases left no record; none failed."),
+        ([], 1000, "unsupported", "No verdict: 1,000 of 1,000 cases left no record"),
+        (["CRASHED"], 2, "failed", "1 of 1 case fails. 2 more cases left no record."),
     ],
 )
 def test_overall_verdict_in_words(
-    make_case: MakeCase, verdicts: list[str], state: str, words: str
+    make_case: MakeCase, verdicts: list[str], missing: int, state: str, words: str
 ) -> None:
-    found_state, sentence = overall([make_case(verdict=verdict) for verdict in verdicts])
+    found_state, sentence = overall([make_case(verdict=verdict) for verdict in verdicts], missing)
     assert found_state == state
     assert words in sentence

@@ -19,6 +19,7 @@ from reports.records import (
     RecordError,
     Statistic,
     Worst,
+    append_result,
     case_from_dict,
     case_to_dict,
     read_results,
@@ -85,6 +86,22 @@ def test_file_round_trips_with_its_environment(tmp_path: Path, make_case: MakeCa
     results = read_results(path)
     assert results.environment == {"tier": "fast", "seconds": "inf"}
     assert results.cases == cases
+
+
+@pytest.mark.parametrize(
+    ("environment", "missing"),
+    [({}, 0), ({"planned_cases": 3}, 1), ({"planned_cases": 2}, 0), ({"planned_cases": "3"}, 0)],
+)
+def test_file_grows_by_a_case_and_says_how_many_it_lacks(
+    tmp_path: Path, make_case: MakeCase, environment: dict[str, Any], missing: int
+) -> None:
+    path = tmp_path / "results.jsonl"
+    first, second = make_case(), make_case(case_id="other", verdict="CRASHED", worst=None)
+    write_results(path, environment, [first])
+    append_result(path, second)
+    results = read_results(path)
+    assert results.cases == (first, second)
+    assert results.missing == missing
 
 
 def test_file_without_any_environment_key_is_read(tmp_path: Path, make_case: MakeCase) -> None:
