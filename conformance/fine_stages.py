@@ -262,7 +262,7 @@ class FineStages:
     def _function(self, stage: str) -> float:
         """Return the variance of a function's value, with its own uniform error, over F1."""
         as_sums = self.profile.stores.get(stage) == self.profile.accumulation
-        return 1.0 + 4.0 * self.profile.exp_ulps**2 if as_sums else 1.0
+        return 1.0 + 4.0 * self.profile.function_ulps(stage) ** 2 if as_sums else 1.0
 
     def _stored_total(self, first: Array, others: Array, total: Array) -> Array | float:
         """Return the variance of storing the row sum (F3).

@@ -80,8 +80,9 @@ class Dither:
             error = accumulation_error(self.profile, stage, value, accumulation, self.rng, known)
             value = value + EXCESS * error
         # a coarser store hides what a function errs by beyond it
-        if stage in _FUNCTIONS and self.profile.exp_ulps and stored == self.profile.accumulation:
-            width = EXCESS * self.profile.exp_ulps * FORMATS[stored].ulp(value)
+        ulps = self.profile.function_ulps(stage) if stage in _FUNCTIONS else 0.0
+        if ulps and stored == self.profile.accumulation:
+            width = EXCESS * ulps * FORMATS[stored].ulp(value)
             noise = self.rng.uniform(-1.0, 1.0, size=value.shape) * width
             value = np.where(value == 0.0, 0.0, value + noise)
         if stage in self.left:

@@ -11,7 +11,7 @@ from conformance.subjects.serving import ServeCall, ServeOutput
 _layers = CompiledLayers(StableHLOBackend())
 
 
-@subject(scope="layer", profile="native", unsupported=unsupported, serves=True)
+@subject(scope="layer", profile="xla-cpu", unsupported=unsupported, serves=True)
 def attention_layer(call: LayerCall | ServeCall) -> LayerOutput | ServeOutput:
     """Run `NeuronAttentionBase` as one graph, lowered to StableHLO and compiled by XLA for CPU."""
     return _layers.run(call)

@@ -55,7 +55,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "format": ({"stores": {"exp": "float31"}}, "formats must be among .* got float31"),
     "accumulation": ({"accumulation": "int8"}, "formats must be among .* got int8"),
     "block length": ({"block_length": 0}, "block_length .* must be positive"),
-    "exp": ({"exp_ulps": -1.0}, "exp_ulps not negative"),
+    "exp": ({"exp_ulps": -1.0}, "exp_ulps and tanh_ulps not negative, got 384, 4, -1.0 and None"),
+    "tanh": ({"tanh_ulps": -1.0}, "exp_ulps and tanh_ulps not negative"),
     "order": ({"order": "random"}, "order must be 'sequence' or empty, got 'random'"),
     "order of float64": (
         {"order": "sequence", "accumulation": "float64"},
