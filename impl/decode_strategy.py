@@ -55,14 +55,16 @@ class DecodeStep:
         return self.batch * self.num_key_value_heads * self.slots * self.head_dim
 
     @property
-    def narrow(self) -> bool:
-        """Whether it is an eager step on the CPU over 16 bits: no graph of it is needed."""
+    def eager_on_cpu(self) -> bool:
+        """Whether it is an eager step on the CPU, of which no graph is needed."""
         graph = self.trains or torch.compiler.is_compiling()
-        return not graph and self.device_type == "cpu" and self.dtype.itemsize == 2
+        return not graph and self.device_type == "cpu"
 
     @property
     def headwise(self) -> bool:
-        """Whether it pays to convert a cache of 16 bits head by head."""
+        """Whether it pays to convert the cache head by head."""
+        if self.dtype.itemsize != 2:
+            return False
         scores = self.batch * self.num_attention_heads * self.q_len * self.slots
         return self.slots * self.head_dim >= HEADWISE_SLOTS and scores <= HEADWISE_SCORES
 
@@ -79,14 +81,14 @@ def resolve_decode_kernel(step: DecodeStep) -> Implementation:
         | condition | implementation |
         | --- | --- |
         | on neuron, whose compiler tiles the whole itself | NATIVE |
-        | eager on the CPU, 16 bits, `updates` | SDPA |
+        | eager on the CPU, `updates`, and not float64 | SDPA |
         | eager on the CPU, 16 bits, `HEADWISE_SLOTS`, `HEADWISE_SCORES` | HEADWISE |
         | a cache of at most `NATIVE_CACHE` elements | NATIVE |
         | otherwise: nothing as long as the cache is copied | FLASH |
     """
-    if step.narrow and step.updates:
+    if step.eager_on_cpu and step.updates and step.dtype != torch.float64:
         return Implementation.SDPA
-    if step.narrow and step.headwise:
+    if step.eager_on_cpu and step.headwise:
         return Implementation.HEADWISE
     if step.cache_size <= NATIVE_CACHE or step.device_type == "neuron":
         return Implementation.NATIVE

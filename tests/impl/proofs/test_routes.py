@@ -58,7 +58,6 @@ ELSEWHERE = {
     },
     "eager alone, on the CPU, so in no graph: test_impl_kernels_decode.py, "
     "test_impl_kernels_updated.py, test_long_layers.py": {
-        "decode_strategy.DecodeStep.headwise",
         "kernels.headwise._Pieces.__init__",
         "kernels.headwise._Pieces.__iter__",
         "kernels.headwise._add_values",
