@@ -33,10 +33,18 @@ class CompiledLayers:
         self._compiled: Any = None
 
     def run(self, call: LayerCall | ServeCall) -> LayerOutput | ServeOutput:
-        """Run a call through its compiled layer; each shape of a schedule's steps is a graph."""
-        if isinstance(call, ServeCall):
+        """Run a call through its compiled layer; each shape of a schedule's steps is a graph.
+
+        Raises:
+            Unsupported: the module refuses a step or the cache; its own sentence says why.
+        """
+        if not isinstance(call, ServeCall):
+            return run_layer(call, self)
+        try:
             return serve(call, self)
-        return run_layer(call, self)
+        except torch._dynamo.exc.Unsupported:
+            serve(call)  # Dynamo has other words for what the module raises while it is traced
+            raise
 
     def __call__(self, call: LayerCall | ServeCall) -> Layer:
         """Return the compiled module of a call, and keyword arguments for its forward."""

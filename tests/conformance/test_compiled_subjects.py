@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 from test_cli import GOOD, refused
 
 import conformance.stablehlo
+import impl
 from conformance.case_ids import parse
 from conformance.cli import main
 from conformance.errors import UsageError
@@ -81,13 +83,36 @@ def test_steps_of_a_decode_share_one_graph_and_keep_their_cache() -> None:
 
 def test_schedules_are_served_by_compiled_layers() -> None:
     backend = Counting()
-    layers = CompiledLayers(backend)
-    subject = Subject(
-        name="counted", function=layers.run, scope="layer", profile="native", serves=True
-    )
-    record = judge_case(parse(SERVED), subject)
+    record = judge_case(parse(SERVED), served(CompiledLayers(backend).run))
     assert record.verdict == "CONFORMS", record.reason
     assert backend.graphs == 3  # a prompt, a longer one on cached tokens, and all decode steps
+
+
+def served(function: Any) -> Subject:
+    return Subject(name="counted", function=function, scope="layer", profile="native", serves=True)
+
+
+def test_what_the_module_refuses_in_a_graph_is_unsupported_in_its_own_words() -> None:
+    case = parse(
+        "h64-hq4-hkv2-d16-chunk8-rope10000/"
+        "serve-bf16-b2-kv0-contiguous-prompt9_5.draft3keep1-gaussian-seed0"
+    )
+    record = judge_case(case, served(CompiledLayers(Counting()).run))
+    assert record.verdict == "UNSUPPORTED"
+    assert "speculation is not defined across a chunk's end" in record.reason
+
+
+def test_a_layer_that_leaves_its_graph_is_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = impl.NeuronAttentionBase.forward
+
+    def broken(self: Any, *given: Any, **named: Any) -> Any:
+        torch._dynamo.graph_break()
+        return right(self, *given, **named)
+
+    monkeypatch.setattr(impl.NeuronAttentionBase, "forward", broken)
+    record = judge_case(parse(SERVED), served(CompiledLayers(Counting()).run))
+    assert record.verdict == "CRASHED"
+    assert "graph_break" in record.traceback
 
 
 @pytest.mark.parametrize("layer", LAYERS)
