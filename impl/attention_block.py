@@ -93,8 +93,8 @@ class AttentionBlock(AttentionOutput):
         if rotary_dim is None and rotary is not None:
             rotary_dim = int(getattr(rotary, "rotary_dim", self.head_dim))
         obstacle = self._block_obstacle(rmsnorm)
-        nki_obstacle = None
-        if obstacle is None:
+        on_neuron, nki_obstacle = device_type == "neuron", None
+        if obstacle is None and on_neuron:
             nki_obstacle = attention_block_tkg_obstacle(
                 self._block_weights(rmsnorm),
                 self._block_rule(use_polar_compatible_rope),
@@ -106,7 +106,7 @@ class AttentionBlock(AttentionOutput):
                 free_tail=has_free_tail(cache_layout or self.cache_layout, slots, q_len),
                 trains=trains,
             )
-        if device_type == "neuron" and nki_obstacle is None:
+        if on_neuron and nki_obstacle is None:
             nki_obstacle = device_obstacle()
         return resolve_block_kernel(
             DecodeStep(

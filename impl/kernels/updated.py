@@ -13,6 +13,7 @@ the step still sees. Both need values of the step, so this form is for eager ste
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -50,7 +51,9 @@ def token_generation(
     """
     mask = _updated_mask(prior_mask, active_mask, write_slots)
     if mask is not None:
-        write_step(k_cache, v_cache, k, v, write_slots)
+        rows = torch.arange(len(write_slots))[:, None]
+        for cache, new in ((k_cache, k), (v_cache, v)):
+            cache[rows, :, write_slots] = new.transpose(1, 2)
         heads = _attend(q, k_cache, v_cache, mask, rule.divisor)
         if not heads.isnan().any():
             return heads
@@ -69,8 +72,10 @@ def _updated_mask(prior: Tensor, active: Tensor | None, slots: Tensor) -> Tensor
     """
     batch, q_len = slots.shape
     count = prior.shape[3]
-    shared = (slots[:, :, None] == slots[:, None, :]).sum() > slots.numel()
-    if shared or not ((slots >= 0) & (slots < count)).all():
+    least, most = slots.aminmax()
+    if least < 0 or most >= count:
+        return None
+    if q_len > 1 and (slots[:, :, None] == slots[:, None, :]).sum() > slots.numel():
         return None
     at = slots[:, None, None, :].expand(batch, 1, q_len, q_len)
     mask = prior.expand(batch, 1, q_len, count)

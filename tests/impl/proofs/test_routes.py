@@ -54,6 +54,8 @@ ELSEWHERE = {
         "kernels.nki_block_arguments._table",
         "kernels.nki_block_arguments.attention_block_tkg_call",
         "kernels.nki_block_arguments.joint_mask",
+        "kernels.nki_block_limits.attention_block_tkg_obstacle",
+        "kernels.nki_block_limits.has_free_tail",
         "kernels.prefill._nki",
     },
     "eager alone, on the CPU, so in no graph: test_impl_kernels_decode.py, "
