@@ -43,7 +43,18 @@ class Scale:
     @property
     def of_queries(self) -> float:
         """What queries are multiplied by, so that their products need no pass of their own."""
-        return self.factor if self.softcap is None else self.factor / self.softcap
+        return self.factor / self.unit
+
+    @property
+    def unit(self) -> float:
+        """Score of a product, or of its tanh, that is 1."""
+        return 1.0 if self.softcap is None else self.softcap
+
+    def above(self, level: Tensor, scores: Tensor) -> Tensor:
+        """How far scores in units are above a level of each row, in their own memory."""
+        if self.softcap is None:
+            return scores.sub_(level)
+        return torch.add(-level, scores, alpha=self.softcap, out=scores)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,18 +135,16 @@ class Problem:
         part = tensor[:, :, start:end].to(compute_dtype(tensor.dtype))
         return part.reshape(batch * kv_heads, group * (end - start), tensor.shape[-1])
 
-    def scores(self, rows: Tensor, keys: Tensor, tile: Tile) -> tuple[Tensor, Tensor | None]:
-        """Masked scores `(batch * kv_heads, group * queries, keys)`, and tanh of them if capped."""
+    def scores(self, rows: Tensor, keys: Tensor, tile: Tile) -> Tensor:
+        """Masked scores in units of the scale's, `(batch * kv_heads, group * queries, keys)`."""
         scores = torch.bmm(rows, keys.transpose(1, 2))
-        tanh = None
         if self.scale.softcap is not None:
-            tanh = scores.tanh_()
-            scores = tanh * self.scale.softcap
+            scores.tanh_()
         allowed = self._allowed(tile, scores.device)
         if allowed is not None:
             view = scores.view(*self.shape, tile.end - tile.start, tile.stop - tile.first)
             view.masked_fill_(~allowed.unsqueeze(1), -math.inf)
-        return scores, tanh
+        return scores
 
     def _allowed(self, tile: Tile, device: torch.device) -> Tensor | None:
         """Mask of a tile, `(batch or 1, 1, queries or 1, keys)`; None if it hides nothing."""
@@ -181,9 +190,10 @@ def _stream(problem: Problem, sink: Tensor | None) -> tuple[Tensor, Tensor]:
             keys = problem.keys_of(tile)
             k_tile = keys.rows("k", tile.first, tile.stop, clean=False)
             v_tile = keys.rows("v", tile.first, tile.stop, clean=True)
-            scores, _ = problem.scores(rows, k_tile, tile)
-            above = torch.maximum(largest, scores.amax(dim=-1, keepdim=True))
-            weights = scores.sub_(above).exp_()
+            scores = problem.scores(rows, k_tile, tile)
+            newest = scores.amax(dim=-1, keepdim=True) * problem.scale.unit
+            above = torch.maximum(largest, newest)
+            weights = problem.scale.above(above, scores).exp_()
             if begun:
                 shrink = torch.exp(largest - above)
                 total = total * shrink + weights.sum(dim=-1, keepdim=True)
@@ -245,13 +255,15 @@ def _stream_gradients(
             k_tile, v_tile = (keys.rows(name, tile.first, tile.stop, clean=True) for name in "kv")
             sums = d_prior if tile.of_prior else d_step
             assert sums is not None
-            scores, tanh = problem.scores(rows, k_tile, tile)
-            weights = scores.sub_(row_sum).exp_()
+            scores = problem.scores(rows, k_tile, tile)
+            tanh = None if scale.softcap is None else scores.clone()
+            weights = scale.above(row_sum, scores).exp_()
             sums.v[:, here].baddbmm_(weights.transpose(1, 2), d_out)
             d_scores = torch.bmm(d_out, v_tile.transpose(1, 2)).sub_(row_delta).mul_(weights)
             if tanh is not None:
                 assert scale.softcap is not None
-                d_scores = d_scores.mul_(1 - tanh * tanh).mul_(scale.softcap)
+                slope = 1 - tanh.masked_fill_(weights == 0, 0.0).square_()
+                d_scores = d_scores.mul_(slope).mul_(scale.softcap)
             d_rows.baddbmm_(d_scores, k_tile)
             sums.k[:, here].baddbmm_(d_scores.transpose(1, 2), rows)
         d_rows = (d_rows * scale.of_queries).view(*out.shape[:2], end - start, out.shape[-1])

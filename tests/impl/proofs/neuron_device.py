@@ -113,11 +113,11 @@ def kernels_of(device: str) -> Iterator[None]:
 
 def run(step: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Run a step on the device, and on the CPU with the device's kernels."""
-    with kernels_of(NAME):
-        expected = step(**tensors)
     state = {**dict(step.named_parameters()), **dict(step.named_buffers())}
     held = {name: OnDevice(tensor.detach().clone()) for name, tensor in state.items()}
     given = {name: OnDevice(tensor.clone()) for name, tensor in tensors.items()}
+    with kernels_of(NAME):
+        expected = step(**tensors)  # which may write its cache
     with Device() as device:
         results = torch.func.functional_call(step, held, kwargs=given)
     return {
