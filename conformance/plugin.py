@@ -12,7 +12,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -218,7 +218,20 @@ class _Recorder:
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
         self._records: list[CaseRecord] = []
+        self._selected: int | None = None
         self._started = time.time()
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Count the cases that `-k` and the like leave, in a session of one process."""
+        self._count(item.nodeid for item in session.items)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        """Count them where processes of pytest-xdist collect, all of them alike."""
+        self._count(ids)
+
+    def _count(self, ids: Iterable[str]) -> None:
+        self._selected = sum("::test_subject_conforms[" in name for name in ids)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take the record off a finished test."""
@@ -256,8 +269,9 @@ class _Recorder:
 
     def _environment(self) -> dict[str, Any]:
         plan = self._config.stash.get(_RESOLVED, None)
-        planned = len(self._records) if plan is None else len(plan.pairs)
-        return describe_environment(self._config, self._started, planned)
+        sharing = len(self._records) if plan is None else len(plan.pairs)
+        environment = describe_environment(self._config, self._started, sharing)
+        return environment | {"planned_cases": self._selected or len(self._records)}
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
@@ -284,7 +298,7 @@ def describe_environment(config: pytest.Config, started: float, planned: int) ->
     Args:
         config: the session's options.
         started: when it began, seconds since the epoch.
-        planned: number of cases to judge, which share the chance of a false alarm.
+        planned: number of cases that share the chance of a false alarm.
     """
     from impl.devices import environment_report
 
@@ -295,7 +309,6 @@ def describe_environment(config: pytest.Config, started: float, planned: int) ->
         "command": os.environ.get("ATTN_CONFORMANCE_COMMAND", shlex.join(_command_line())),
         "subject": ", ".join(subject_names(config)),
         "tier": config.getoption("tier"),
-        "planned_cases": planned,
         "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(started)),
         "seconds": round(time.time() - started, 1),
         "python": platform.python_version(),

@@ -211,8 +211,8 @@ class AttentionBlock(AttentionOutput):
                 hidden_states, weights, rule, logical_nc_config=cores, **arguments
             )
             if step.write_slots is not None:
-                rows = k_cache.transpose(2, 3) if self.k_cache_transposed else k_cache
-                write_step(rows, v_cache, out.k, out.v, step.write_slots)
+                columns = self.k_cache_transposed
+                write_step(k_cache, v_cache, out.k, out.v, step.write_slots, k_transposed=columns)
         else:
             rule = replace(rule, implementation=choice.implementation)
             out = token_generation_block(

@@ -285,10 +285,10 @@ class NeuronConfig:
                 "be True when attn_block_tkg_nki_kernel_enabled is True",
                 False,
             )
-        elif self.attn_block_tkg_nki_kernel_cache_update:
-            require(
-                False,
-                "attn_block_tkg_nki_kernel_enabled",
-                "be True when attn_block_tkg_nki_kernel_cache_update is True",
-                False,
-            )
+        require(
+            self.attn_block_tkg_nki_kernel_enabled
+            or not self.attn_block_tkg_nki_kernel_cache_update,
+            "attn_block_tkg_nki_kernel_enabled",
+            "be True when attn_block_tkg_nki_kernel_cache_update is True",
+            False,
+        )

@@ -205,8 +205,7 @@ def token_generation_block(
             k_prior_transposed=rule.k_cache_transposed,
         )
         if slots is not None:
-            rows = k_cache.transpose(2, 3) if rule.k_cache_transposed else k_cache
-            write_step(rows, v_cache, k, v, slots)
+            write_step(k_cache, v_cache, k, v, slots, k_transposed=rule.k_cache_transposed)
     merged = heads.transpose(1, 2).flatten(2)
     output = functional.linear(merged, weights.output, weights.output_bias)
     return BlockOutput(output, k, v)

@@ -50,7 +50,7 @@ def token_generation(
         Like `q`, in its dtype.
     """
     mask = _updated_mask(prior_mask, active_mask, write_slots)
-    if mask is not None:
+    if mask is not None:  # every token has a slot, so none needs the care of `write_step`
         rows = torch.arange(len(write_slots))[:, None]
         for cache, new in ((k_cache, k), (v_cache, v)):
             cache[rows, :, write_slots] = new.transpose(1, 2)

@@ -63,18 +63,28 @@ def write_tokens(cache: Tensor, new: Tensor, places: Places) -> None:
     cache.index_put_((places.line[:, None], head[None, :], places.slot[:, None]), values)
 
 
-def write_step(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+def write_step(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    *,
+    k_transposed: bool = False,
+) -> None:
     """Write a step's keys and values into caches whose lines are its rows, in place.
 
     Args:
-        k_cache: `(batch, heads, slots, head_dim)`, BHSD, or a view of that shape.
-        v_cache: like `k_cache`.
+        k_cache: `(batch, heads, slots, head_dim)`, BHSD, or with its last two axes exchanged if
+            `k_transposed`.
+        v_cache: `(batch, heads, slots, head_dim)`.
         k: `(batch, heads, seq_len, head_dim)`, BHSD, in the cache's dtype.
         v: like `k`.
         slots: `(batch, seq_len)`, int64, negative for nowhere.
+        k_transposed: keys are stored as columns.
     """
     lines = torch.arange(slots.shape[0], device=slots.device)
     places = token_places(lines[:, None].expand(slots.shape), slots)
     with torch.no_grad():
-        write_tokens(k_cache, k, places)
+        write_tokens(k_cache.transpose(2, 3) if k_transposed else k_cache, k, places)
         write_tokens(v_cache, v, places)

@@ -29,15 +29,22 @@ testpaths = ["elsewhere"]
 """
 
 
+def judge(
+    folder: Path, subject: str, ids: list[str], jobs: int
+) -> subprocess.CompletedProcess[str]:
+    """Run the command there, in a process of its own."""
+    command = [sys.executable, "-m", "conformance.cli", "run"]
+    command += ["--subject", subject, "-j", str(jobs)]
+    for text in ids:
+        command += ["--case", text]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
 def test_a_users_own_pytest_configuration_has_no_say(tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text(PROJECT)
     (tmp_path / "my_kernel.py").write_text(KERNEL)
     ids = [f"core-h256-hq8-hkv2-d32/cte-bf16-b1-q{n}-gaussian-seed0" for n in (7, 9)]
-    command = [sys.executable, "-m", "conformance.cli", "run"]
-    command += ["--subject", "my_kernel:attention", "-j", "2"]
-    for text in ids:
-        command += ["--case", text]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = judge(tmp_path, "my_kernel:attention", ids, 2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "results.jsonl").read_text().count('"CONFORMS"') == len(ids)
 
@@ -58,11 +65,7 @@ def test_a_run_that_is_killed_leaves_what_it_found_and_no_verdict(tmp_path: Path
     (tmp_path / "my_kernel.py").write_text(KERNEL)
     (tmp_path / "ends_the_run.py").write_text(ENDS_THE_RUN)
     ids = [f"core-h256-hq8-hkv2-d32/cte-bf16-b1-q{n}-gaussian-seed0" for n in (7, 9, 5)]
-    command = [sys.executable, "-m", "conformance.cli", "run"]
-    command += ["--subject", "ends_the_run:attention", "-j", "1"]
-    for text in ids:
-        command += ["--case", text]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = judge(tmp_path, "ends_the_run:attention", ids, 1)
     assert done.returncode == 9, done.stdout + done.stderr
     found = read_results(tmp_path / "results.jsonl")
     assert [(case.case_id, case.verdict) for case in found.cases] == [(ids[0], "CONFORMS")]

@@ -144,3 +144,17 @@ def test_a_parallel_case_that_ends_its_process_is_recorded_too() -> None:
     assert lost.reason == DIED
     written = case_to_dict(lost)
     assert case_to_dict(case_from_dict(json.loads(json.dumps(written)))) == written
+
+
+@pytest.mark.parametrize("processes", ["0", "2"])
+def test_cases_that_are_left_out_on_purpose_are_not_missed(tmp_path: Path, processes: str) -> None:
+    done = run_pytest(
+        tmp_path,
+        *("--case", WINDOW, "--case", SINKS, "-k", "window16", "-n", processes),
+        *("--results", "results.jsonl", "--report", "report.html"),
+    )
+    assert done.returncode == pytest.ExitCode.OK, done.stdout + done.stderr
+    found = read_results(tmp_path / "results.jsonl")
+    assert [case.case_id for case in found.cases] == [WINDOW]
+    assert found.missing == 0
+    assert "Conforms: the one case passes." in (tmp_path / "report.html").read_text()

@@ -133,9 +133,9 @@ def test_the_layer_writes_what_it_reads_without_a_copy(kind: str, call: dict[str
     written = []
     right = updated.write_step
 
-    def write(*tensors: Tensor) -> None:
+    def write(*tensors: Tensor, **named: bool) -> None:
         written.append(tensors)
-        right(*tensors)
+        right(*tensors, **named)
 
     block = "impl.kernels.token_generation_block.write_step"
     if "seq_len" in call and "seq_ids" not in call:
